@@ -1,0 +1,161 @@
+"""The manifest of a checkpoint, `mtserve.json`, as data: its shape, its rules and its version gate. Reads no weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mtserve.errors import CheckpointError
+from mtserve.tasks import KINDS
+from mtserve.tasks.base import AnyKind, Options
+from mtserve.text import TextSpec
+
+FORMAT = 1
+MANIFEST = "mtserve.json"
+TASK_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Entry):
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class TrunkEntry(_Entry):
+    """The trunk: `max_length` is the most tokens that its positions allow, None where they set no limit."""
+
+    fingerprint: str
+    weights: str
+    family: str
+    causal: bool
+    hidden_size: int
+    max_length: int | None
+    parameters: int
+    source: str
+
+
+class TaskEntry(_Entry):
+    """One task: `trunk` is the fingerprint that its head was trained on; paths are None where there is no file."""
+
+    name: str
+    kind: str
+    options: dict[str, Any]
+    trunk: str
+    weights: str | None
+    config: str | None
+    tied: dict[str, str] = {}
+    golden: str | None = None
+    calibration: str | None = None
+    metrics: dict[str, float] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        if not TASK_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no task name; allowed: {TASK_NAME.pattern}")
+        return name
+
+    @field_validator("kind")
+    @classmethod
+    def _is_a_kind(cls, kind: str) -> str:
+        if kind not in KINDS:
+            raise ValueError(f"{kind!r} is no kind of task; allowed: {', '.join(KINDS)}")
+        return kind
+
+    @property
+    def handler(self) -> AnyKind:
+        return KINDS[self.kind]
+
+    @property
+    def parsed_options(self) -> Options:
+        """The options as the kind's own class."""
+        parsed: Options = self.handler.options.model_validate(self.options)
+        return parsed
+
+
+class Profile(_Entry):
+    """An accepted way to run the checkpoint: logits may differ from the golden ones by `tolerance` times the larger
+    of 1 and the largest golden logit."""
+
+    tolerance: float = Field(gt=0)
+
+
+class Manifest(_Entry):
+    format: int
+    artefact: str = "checkpoint"
+    written_by: str
+    trunk: TrunkEntry
+    text: TextSpec
+    tasks: tuple[TaskEntry, ...] = Field(min_length=1)
+    profiles: dict[str, Profile] = {"fp32": Profile(tolerance=1e-4)}
+    files: dict[str, FileEntry]
+    provenance: dict[str, Any] = {}
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name:
+                raise ValueError(f"{name!r} is not a plain path inside the checkpoint")
+        return files
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        names = [task.name for task in self.tasks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"task names must be distinct; found {', '.join(names)}")
+        used = [self.trunk.weights, "trunk/config.json", "tokenizer.json"]
+        for task in self.tasks:
+            used += [path for path in (task.weights, task.config, task.golden, task.calibration) if path is not None]
+            if task.trunk != self.trunk.fingerprint:
+                raise ValueError(
+                    f"the head of task {task.name!r} was trained on trunk {task.trunk[:12]}, "
+                    f"this checkpoint holds {self.trunk.fingerprint[:12]}"
+                )
+        for path in used:
+            if path not in self.files:
+                raise ValueError(f"{path!r} is used but not listed under files")
+        return self
+
+
+class GoldenRow(_Entry):
+    """An input with what the trunk saw of it and the logits that came out, one entry a row; of wide outputs the first
+    `GOLDEN_WIDTH` logits."""
+
+    input: dict[str, Any]
+    ids: list[list[int]]
+    logits: list[Any]
+
+
+GOLDEN_WIDTH = 256
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder. Raises CheckpointError if it is missing, damaged or of a newer format."""
+    path = folder / MANIFEST
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {found!r}; this version reads format {FORMAT}")
+    try:
+        manifest = Manifest.model_validate(raw)
+        for task in manifest.tasks:
+            _ = task.parsed_options
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path}: {where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}") from error
+    return manifest

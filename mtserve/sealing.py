@@ -1,0 +1,213 @@
+"""Writing a checkpoint, or a new version of one, so that it is whole at every moment. No torch; knows no engine.
+
+Invariants (tests/test_sealing.py holds them):
+1. The manifest names every load-bearing file with size and sha256. Those files never change once written: all that
+   may differ between two versions of a folder has its hash in its name, and a folder whose tokenizer or trunk config
+   would change is refused.
+2. Files are written aside, synced and renamed; the manifest is replaced last, at once. A crash at any moment leaves
+   the old checkpoint or the new one. Files that no manifest names are removed after the commit.
+3. What is not load-bearing (the card, the index through which plain Transformers finds the trunk) follows the commit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mtserve.checkpoint import Checkpoint, fingerprint, sha256_file
+from mtserve.errors import CheckpointError
+from mtserve.manifest import FORMAT, MANIFEST, FileEntry, GoldenRow, Manifest, TaskEntry, TrunkEntry
+from mtserve.safetensors_file import parameters, read_header
+from mtserve.tasks.base import Options
+from mtserve.text import TextSpec
+
+INDEX = "trunk/model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TrunkPart:
+    """A trunk to be sealed: `write` puts `config.json` and `model.safetensors` into an empty folder."""
+
+    write: Callable[[Path], None]
+    family: str
+    causal: bool
+    hidden_size: int
+    max_length: int | None
+    source: str
+
+
+@dataclass(frozen=True)
+class TaskPart:
+    """A task to be sealed: `write` puts the head's tensors into a file, None for a head without tensors of its own."""
+
+    name: str
+    kind: str
+    options: Options
+    write: Callable[[Path], None] | None = None
+    config: Mapping[str, Any] | None = None
+    tied: Mapping[str, str] = field(default_factory=dict)
+    golden: Sequence[GoldenRow] = ()
+    calibration: Sequence[Mapping[str, Any]] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def seal(
+    folder: Path,
+    trunk: TrunkPart,
+    *,
+    tasks: Sequence[TaskPart],
+    tokenizer_json: str,
+    text: TextSpec,
+    provenance: Mapping[str, Any],
+    card: str,
+    written_by: str,
+) -> Checkpoint:
+    """Write a checkpoint, or a new version of the one that is there, and commit it.
+
+    Raises CheckpointError if the folder holds something else, or a checkpoint with another tokenizer or trunk config.
+    """
+    _refuse_foreign(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = _Writer(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".sealing-") as aside:
+        trunk.write(Path(aside))
+        writer.fixed("tokenizer.json", tokenizer_json.encode())
+        writer.fixed("trunk/config.json", (Path(aside) / "config.json").read_bytes())
+        weights = writer.move(Path(aside) / "model.safetensors", "trunk/model-{}.safetensors")
+    mark = fingerprint(folder / weights, tokenizer_json, text)
+    entries = [_seal_task(writer, task, mark) for task in tasks]
+    manifest = Manifest(
+        format=FORMAT,
+        written_by=written_by,
+        trunk=TrunkEntry(
+            fingerprint=mark,
+            weights=weights,
+            family=trunk.family,
+            causal=trunk.causal,
+            hidden_size=trunk.hidden_size,
+            max_length=trunk.max_length,
+            parameters=parameters(folder / weights),
+            source=trunk.source,
+        ),
+        text=text,
+        tasks=tuple(entries),
+        files=writer.files,
+        provenance=dict(provenance),
+    )
+    _replace(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+    # Plain AutoModel.from_pretrained(trunk/) finds the weights through this index; nothing of ours reads it.
+    index = {"metadata": {}, "weight_map": dict.fromkeys(read_header(folder / weights), Path(weights).name)}
+    _replace(folder / INDEX, json.dumps(index, indent=1).encode())
+    _replace(folder / "README.md", card.encode())
+    _remove_unnamed(folder, {*writer.files, MANIFEST, "README.md", INDEX})
+    return Checkpoint.open(folder)
+
+
+def _seal_task(writer: _Writer, task: TaskPart, trunk: str) -> TaskEntry:
+    home, weights, config = f"heads/{task.name}", None, None
+    if task.write is not None:
+        with tempfile.TemporaryDirectory(dir=writer.folder, prefix=".sealing-") as aside:
+            task.write(Path(aside) / "head")
+            weights = writer.move(Path(aside) / "head", home + "/model-{}.safetensors")
+    if task.config is not None:
+        config = writer.bytes(home + "/config-{}.json", json.dumps(task.config, indent=1, sort_keys=True).encode())
+    golden = [row.model_dump(mode="json") for row in task.golden]
+    return TaskEntry(
+        name=task.name,
+        kind=task.kind,
+        options=task.options.model_dump(mode="json"),
+        trunk=trunk,
+        weights=weights,
+        config=config,
+        tied=dict(task.tied),
+        golden=writer.jsonl(f"golden/{task.name}-{{}}.jsonl", golden),
+        calibration=writer.jsonl(f"calibration/{task.name}-{{}}.jsonl", task.calibration),
+        metrics=dict(task.metrics),
+    )
+
+
+class _Writer:
+    """Puts files into a checkpoint folder by the hash of their content, and keeps the list for the manifest."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, FileEntry] = {}
+
+    def move(self, source: Path, pattern: str) -> str:
+        """Move a finished file to its name by hash; returns the name."""
+        _sync(source)
+        digest = sha256_file(source)
+        name = pattern.format(digest[:16])
+        target = self.folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.replace(target)
+        _sync(target.parent)
+        self.files[name] = FileEntry(size=target.stat().st_size, sha256=digest)
+        return name
+
+    def bytes(self, pattern: str, content: bytes) -> str:
+        """Write bytes to a name by hash (or to a fixed one); returns the name."""
+        digest = hashlib.sha256(content).hexdigest()
+        name = pattern.format(digest[:16])
+        _replace(self.folder / name, content)
+        self.files[name] = FileEntry(size=len(content), sha256=digest)
+        return name
+
+    def jsonl(self, pattern: str, records: Iterable[Mapping[str, Any]]) -> str | None:
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        return self.bytes(pattern, "".join(lines).encode()) if lines else None
+
+    def fixed(self, name: str, content: bytes) -> None:
+        """Write a file that must not change while the folder lives."""
+        target = self.folder / name
+        if target.exists() and target.read_bytes() != content:
+            raise CheckpointError(f"{target} would change: write a checkpoint of another trunk into another folder")
+        self.bytes(name, content)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not (folder / MANIFEST).exists():
+        others = [p.name for p in folder.iterdir() if not p.name.startswith(".sealing-")] if folder.is_dir() else ["a file"]
+        unfinished = {"trunk", "heads", "golden", "calibration", "tokenizer.json", "README.md"}
+        if set(others) - unfinished:
+            raise CheckpointError(f"{folder} holds something else ({sorted(others)[0]}); choose an empty folder")
+
+
+def _remove_unnamed(folder: Path, named: set[str]) -> None:
+    """Remove what earlier versions of the checkpoint left; only inside the format's own folders."""
+    for home in ("trunk", "heads", "golden", "calibration"):
+        for path in sorted((folder / home).rglob("*"), reverse=True):
+            if path.is_dir():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path.relative_to(folder).as_posix() not in named:
+                path.unlink()
+    for left in folder.glob(".sealing-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file aside, sync it and put it in place at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.aside")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,46 @@
+"""MTSERVE_* environment variables as frozen settings: where the model is, and limits. No setting changes an answer."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from mtserve.errors import ConfigError
+
+
+class Settings(BaseSettings):
+    """Read from the environment when made; `MTSERVE_MODEL=a,b` serves two checkpoints in one process."""
+
+    model_config = SettingsConfigDict(env_prefix="MTSERVE_", frozen=True, extra="ignore")
+
+    model: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Checkpoints to serve: folders or hub ids, separated by commas, or a JSON list."
+    )
+    max_batch_tokens: int = Field(default=4096, ge=1, description="Most tokens of one trunk pass, padding included.")
+    max_queue_tokens: int = Field(default=262_144, ge=1, description="Most tokens that wait for a trunk; then 429.")
+    max_inputs: int = Field(default=1024, ge=1, description="Most inputs of one request.")
+    max_body_bytes: int = Field(default=8 * 2**20, ge=1, description="Largest request body; then 413.")
+    max_text_chars: int = Field(default=1_000_000, ge=1, description="Longest single string of a request; then 413.")
+    timeout_s: float = Field(default=60.0, gt=0, description="Longest time from acceptance to answer; then 504.")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return json.loads(value)
+        return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def read_settings() -> Settings:
+    """Settings from the environment. Raises ConfigError that names the variable."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = "MTSERVE_" + "_".join(map(str, first["loc"][:1])).upper()
+        raise ConfigError(f"{name}: {first['msg']}; found {first.get('input')!r}") from error

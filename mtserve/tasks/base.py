@@ -1,0 +1,269 @@
+"""The contract of a kind of task, and the work that carries one example through the engine. No torch at import time.
+
+    example --rows--> rows --trunk, head--> logits --advance, decode--> prediction
+
+A kind is stateless: one object serves every task of its kind; all that a task fixes is in its `Options` (stored in
+the manifest), all that a request may change is in its `Parameters`. Kinds know nothing about HTTP, files or devices.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from mtserve.errors import InputError, Problem
+from mtserve.rows import Floats, Row
+from mtserve.text import OnLong, Text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Reads = Literal["first", "last", "pooled", "all"]
+Architecture = Literal["sequence_classification", "token_classification", "multiple_choice", "causal_lm", "pooling"]
+Metrics = dict[str, float]
+Item = Any
+"""One element of a request's `inputs`, as parsed from JSON."""
+
+IGNORED = -100
+"""Target of a token that no loss counts (PyTorch's cross entropy skips it)."""
+
+
+class HeadSpec(BaseModel):
+    """What head a task needs, as data: `mtserve.model` makes the torch module of it.
+
+    architecture   which stock Transformers task model the head is taken from; `pooling` has no weights
+    labels         names of the outputs in order; their number is the width of the logits
+    problem_type   as in Transformers' configs
+    pooling        for `pooling` only: which hidden states make the text's embedding
+    reads          positions that decoding needs; None leaves it to what the head is found to depend on
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: Architecture
+    labels: tuple[str, ...] = ()
+    problem_type: str | None = None
+    pooling: Literal["mean", "first", "last"] | None = None
+    reads: Reads | None = None
+
+
+class Options(BaseModel):
+    """Fixed for a task: everything that changes ids, logits or labels."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_length: int = Field(default=128, ge=4, description="Most tokens of a row, special tokens included.")
+    on_long: OnLong = Field(default="truncate", description="What happens to longer texts.")
+    stride: int = Field(default=16, ge=0, description="Tokens that neighbouring windows share.")
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> Options:
+        if self.on_long == "window" and self.stride >= self.max_length // 2:
+            raise ValueError(f"stride {self.stride} must be less than half of max_length {self.max_length}")
+        return self
+
+
+class Parameters(BaseModel):
+    """Free in a request: nothing in it changes the ids that the trunk sees of the input."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Example(BaseModel):
+    """One input of a task."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+O_ = TypeVar("O_", bound=Options)
+P_ = TypeVar("P_", bound=Parameters)
+E_ = TypeVar("E_", bound=Example)
+L_ = TypeVar("L_", bound=Example)
+
+
+@dataclass(eq=False)
+class Work:
+    """One example on its way through the engine; only the engine's thread changes it after `prepare`.
+
+    rows        what the trunk has to encode in the next step
+    logits      one array for each of `rows` from the last step, (n_out,) or (len, n_out)
+    generated   tokens made so far, by a kind of many steps
+    passes      numbers of the engine's trunk passes that it took part in
+    """
+
+    task: str
+    example: Example
+    parameters: Parameters
+    rows: list[Row]
+    logits: list[Floats] = field(default_factory=list)
+    generated: list[int] = field(default_factory=list)
+    passes: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.prompt = self.rows
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the input, over all its rows."""
+        return sum(map(len, self.prompt))
+
+    @property
+    def cut(self) -> int:
+        """Tokens of the caller's text that no row holds."""
+        return sum(row.cut for row in self.prompt)
+
+
+class Kind(ABC, Generic[O_, P_, E_, L_]):
+    """One sort of task. A subclass and a line in `KINDS` add one.
+
+    name         as in manifests and run files
+    options …    the pydantic models of the kind; `labelled` is the example plus its truth
+    prediction   type of one decoded output, JSON-ready; its schema goes into OpenAPI
+    metric       the entry of `metrics` that stands for the task where one number is wanted
+    causal       needs a trunk in which no position sees a later one
+    takes_text   a bare string is an example
+    """
+
+    name: ClassVar[str]
+    options: type[O_]
+    parameters: type[P_]
+    example: type[E_]
+    labelled: type[L_]
+    prediction: ClassVar[Any]
+    metric: ClassVar[str]
+    causal: ClassVar[bool] = False
+    takes_text: ClassVar[bool] = True
+
+    # what the trunk sees
+
+    @abstractmethod
+    def rows(self, example: E_, options: O_, text: Text) -> list[Row]:
+        """The rows of an example, ordered by part, then window. Raises InputError."""
+
+    def features(self, example: L_, options: O_, text: Text) -> tuple[list[Row], Any]:
+        """Rows and target of a training example; the rows are those of `rows` unless the truth is part of them."""
+        rows = self.rows(self.unlabelled(example), options, text)
+        return rows, self.target(example, rows, options)
+
+    def unlabelled(self, example: L_) -> E_:
+        """The example without its truth: what a caller would send."""
+        return self.example.model_construct(**{name: getattr(example, name) for name in self.example.model_fields})
+
+    # the head, in training
+
+    @abstractmethod
+    def head(self, options: O_) -> HeadSpec:
+        """The head that the task needs."""
+
+    @abstractmethod
+    def target(self, example: L_, rows: Sequence[Row], options: O_) -> Any:
+        """What the loss compares the logits of these rows with. Raises InputError for a label that is not known."""
+
+    @abstractmethod
+    def loss(self, logits: Tensor, rows: Sequence[Sequence[Row]], targets: Sequence[Any], options: O_) -> Tensor:
+        """Mean loss, a scalar, over examples (over tokens for kinds of token outputs).
+
+        logits: (rows, n_out), or (rows, seq, n_out) padded at the right; rows of all examples one after another.
+        rows, targets: one entry an example.
+        """
+
+    def fit(self, examples: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options with what must be learned from the raw records of the training split (label names) filled in."""
+        return dict(options)
+
+    # decoding
+
+    def advance(self, work: Work, options: O_, text: Text) -> bool:
+        """Take in the logits of a step; True when the work is finished, else `work.rows` holds what comes next."""
+        return True
+
+    @abstractmethod
+    def decode(self, work: Work, options: O_, text: Text) -> Any:
+        """The prediction of a finished work."""
+
+    def check(self, example: E_, options: O_, parameters: P_) -> None:
+        """Raise InputError for what the schemas cannot say of an example or its parameters."""
+
+    # evaluation
+
+    @abstractmethod
+    def metrics(self, predictions: Sequence[Any], examples: Sequence[L_], options: O_) -> Metrics:
+        """Metrics of predictions against labelled examples, in [-1, 1]."""
+
+    @abstractmethod
+    def baseline(self, examples: Sequence[L_], options: O_) -> Any:
+        """The constant prediction that training labels alone suggest (majority, mean, nothing)."""
+
+    # the edges
+
+    @abstractmethod
+    def sample(self, options: O_) -> E_:
+        """One small example: for contract tests, export traces, warm-up, OpenAPI and docs."""
+
+    def split(self, inputs: Any) -> tuple[list[Item], str]:
+        """The items of a request's `inputs`, and the shape of the answer: "one" or "list" (kinds may add more)."""
+        return (inputs, "list") if isinstance(inputs, list) else ([inputs], "one")
+
+    def join(self, predictions: list[Any], shape: str) -> Any:
+        """The answer to a request of that shape, as the field's clients expect it of this kind."""
+        return predictions if shape == "list" else predictions[0]
+
+    def parse(self, item: Item) -> E_:
+        """An example from one item of `inputs`. Raises InputError that names every bad field."""
+        if isinstance(item, str) and self.takes_text:
+            item = {"text": item}
+        if not isinstance(item, Mapping):
+            allowed = f"{'a string or ' if self.takes_text else ''}an object with {', '.join(self.example.model_fields)}"
+            raise InputError(f"an input of {self.name} is {allowed}; found {_json_type(item)}")
+        return validate(self.example, item)
+
+    def input_models(self) -> list[type[BaseModel]]:
+        """Objects that may stand in `inputs` of an HTTP request, each alone; the example may also stand in a list."""
+        return [self.example]
+
+    def label_names(self, options: O_) -> tuple[str, ...]:
+        """The labels that a prediction can carry, for listings and OpenAPI; empty where there are none."""
+        return ()
+
+    def answer_schema(self, options: O_) -> dict[str, Any]:
+        """JSON schema of one prediction."""
+        return TypeAdapter(self.prediction).json_schema(ref_template="#/components/schemas/{model}")
+
+
+AnyKind = Kind[Any, Any, Any, Any]
+
+
+def validate(model: type[E_] | type[P_] | type[O_], data: Any, *, prefix: str = "") -> Any:
+    """`data` as an instance of a pydantic model; pydantic's findings become one InputError."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems = []
+        for found in error.errors(include_url=False, include_context=False):
+            name = ".".join(map(str, found["loc"]))
+            message = found["msg"].removeprefix("Value error, ")
+            if found["type"] == "extra_forbidden":
+                message = f"not allowed here; allowed: {', '.join(model.model_fields) or 'none'}"
+            problems.append(Problem(message, field=prefix + name or None))
+        raise InputError(problems) from error
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def softmax(logits: Floats) -> Floats:
+    """Softmax over the last axis."""
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True), np.float32)
+
+
+def sigmoid(logits: Floats) -> Floats:
+    """Logistic function, stable for large values of either sign."""
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * logits)), np.float32)

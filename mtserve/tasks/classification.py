@@ -1,0 +1,173 @@
+"""Classification of one text or of a pair, with one label of several or with any number of labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+from typing_extensions import TypedDict
+
+from mtserve.errors import InputError, Problem
+from mtserve.rows import Row
+from mtserve.tasks.base import Example, HeadSpec, Kind, Metrics, Options, Parameters, Work, sigmoid, softmax
+from mtserve.tasks.windows import merge, merge_tensor
+from mtserve.text import Text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ClassificationOptions(Options):
+    labels: tuple[str, ...] = Field(min_length=1, description="Label names in the order of the head's outputs.")
+    multi_label: bool = Field(default=False, description="Any number of labels may hold at once.")
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(labels)) != len(labels):
+            raise ValueError(f"labels must be distinct; found {', '.join(labels)}")
+        return labels
+
+
+class ClassificationParameters(Parameters):
+    top_k: int | None = Field(default=None, ge=1, description="How many of the best labels to return; all by default.")
+    threshold: float | None = Field(default=None, ge=0, le=1, description="Leave out labels that score less.")
+    function_to_apply: Literal["softmax", "sigmoid", "none"] | None = Field(
+        default=None, description="From logits to scores; by default softmax, or sigmoid for a multi-label task."
+    )
+
+
+class ClassificationExample(Example):
+    text: str
+    text_pair: str | None = None
+
+
+class LabelledClassification(ClassificationExample):
+    label: str | tuple[str, ...]
+
+    @field_validator("label", mode="before")
+    @classmethod
+    def _as_text(cls, label: Any) -> Any:
+        """Whole numbers and booleans are label names too, as CSV and JSON files have them."""
+        return str(label) if isinstance(label, int) else label
+
+
+class LabelScore(TypedDict):
+    label: str
+    score: float
+
+
+class Classification(
+    Kind[ClassificationOptions, ClassificationParameters, ClassificationExample, LabelledClassification]
+):
+    name = "classification"
+    options = ClassificationOptions
+    parameters = ClassificationParameters
+    example = ClassificationExample
+    labelled = LabelledClassification
+    prediction = list[LabelScore]
+    metric = "macro_f1"
+
+    def rows(self, example: ClassificationExample, options: ClassificationOptions, text: Text) -> list[Row]:
+        return text.rows(
+            example.text,
+            example.text_pair,
+            max_length=options.max_length,
+            on_long=options.on_long,
+            stride=options.stride,
+        )
+
+    def head(self, options: ClassificationOptions) -> HeadSpec:
+        problem = "multi_label_classification" if options.multi_label else "single_label_classification"
+        return HeadSpec(architecture="sequence_classification", labels=options.labels, problem_type=problem)
+
+    def fit(self, examples: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
+        fitted = dict(options)
+        if "labels" not in fitted:
+            found: set[str] = set()
+            for record in examples:
+                label = record.get("label")
+                found.update(map(str, label) if isinstance(label, list | tuple) else [str(label)])
+            fitted["labels"] = sorted(found)
+        return fitted
+
+    def target(self, example: LabelledClassification, rows: Sequence[Row], options: ClassificationOptions) -> Any:
+        names = [example.label] if isinstance(example.label, str) else list(example.label)
+        unknown = [name for name in names if name not in options.labels]
+        if unknown:
+            raise InputError(Problem(f"{unknown[0]!r} is not among {', '.join(options.labels)}", field="label"))
+        indexes = [options.labels.index(name) for name in names]
+        if options.multi_label:
+            return np.isin(np.arange(len(options.labels)), indexes).astype(np.float32)
+        if len(indexes) != 1:
+            raise InputError(Problem(f"one label is wanted, found {len(indexes)}", field="label"))
+        return indexes[0]
+
+    def loss(
+        self, logits: Tensor, rows: Sequence[Sequence[Row]], targets: Sequence[Any], options: ClassificationOptions
+    ) -> Tensor:
+        import torch
+        from torch.nn import functional
+
+        merged = torch.cat(merge_tensor(rows, logits))  # (examples, n_out)
+        wanted = torch.as_tensor(np.stack(targets), device=logits.device)
+        if options.multi_label:
+            return functional.binary_cross_entropy_with_logits(merged, wanted.to(merged.dtype))
+        return functional.cross_entropy(merged, wanted.long())
+
+    def decode(self, work: Work, options: ClassificationOptions, text: Text) -> list[LabelScore]:
+        parameters = work.parameters
+        assert isinstance(parameters, ClassificationParameters)
+        logits = merge(work.prompt, work.logits)[0]  # (n_out,)
+        function = parameters.function_to_apply or ("sigmoid" if options.multi_label else "softmax")
+        scores = logits if function == "none" else (sigmoid(logits) if function == "sigmoid" else softmax(logits))
+        order = np.argsort(-scores, kind="stable")[: parameters.top_k]
+        ranked = [LabelScore(label=options.labels[i], score=float(scores[i])) for i in order]
+        return [r for r in ranked if parameters.threshold is None or r["score"] >= parameters.threshold]
+
+    def metrics(
+        self,
+        predictions: Sequence[list[LabelScore]],
+        examples: Sequence[LabelledClassification],
+        options: ClassificationOptions,
+    ) -> Metrics:
+        from sklearn.metrics import accuracy_score, f1_score
+
+        true = np.stack([self._hot(e.label, options) for e in examples])
+        guess = np.stack([self._hot(self._chosen(p, options), options) for p in predictions])
+        scores = {"accuracy": accuracy_score(true, guess)}  # of whole label sets in the multi-label case
+        present = true.any(0) | guess.any(0)
+        scores["macro_f1"] = f1_score(true[:, present], guess[:, present], average="macro", zero_division=0)
+        if options.multi_label:
+            scores["micro_f1"] = f1_score(true, guess, average="micro", zero_division=0)
+        return {name: float(value) for name, value in scores.items()}
+
+    @staticmethod
+    def _chosen(prediction: list[LabelScore], options: ClassificationOptions) -> tuple[str, ...]:
+        if options.multi_label:
+            return tuple(p["label"] for p in prediction if p["score"] >= 0.5)
+        return (max(prediction, key=lambda p: p["score"])["label"],)
+
+    @staticmethod
+    def _hot(label: str | tuple[str, ...], options: ClassificationOptions) -> Any:
+        """(n_out,) of 0 and 1."""
+        return np.array([name == label or (name in label and label != name and isinstance(label, tuple)) for name in options.labels], int)
+
+    def baseline(self, examples: Sequence[LabelledClassification], options: ClassificationOptions) -> list[LabelScore]:
+        counts = Counter(
+            name for e in examples for name in ([e.label] if isinstance(e.label, str) else e.label)
+        )
+        scores = {name: counts[name] / max(len(examples), 1) for name in options.labels}
+        return [LabelScore(label=n, score=s) for n, s in sorted(scores.items(), key=lambda item: -item[1])]
+
+    def sample(self, options: ClassificationOptions) -> ClassificationExample:
+        return ClassificationExample(text="The parcel arrived two days late, but the support team was kind.")
+
+    def join(self, predictions: list[Any], shape: str) -> Any:
+        return predictions  # a list of lists in both shapes: clients read element 0 for one text
+
+    def label_names(self, options: ClassificationOptions) -> tuple[str, ...]:
+        return options.labels

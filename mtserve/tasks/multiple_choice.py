@@ -1,0 +1,125 @@
+"""Multiple choice: a question with any number of choices, one trunk row a choice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field, field_validator
+from typing_extensions import TypedDict
+
+from mtserve.errors import InputError, Problem
+from mtserve.rows import Row
+from mtserve.tasks.base import Example, HeadSpec, Kind, Metrics, Options, Parameters, Work, softmax
+from mtserve.tasks.windows import merge, merge_tensor
+from mtserve.text import Text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class MultipleChoiceOptions(Options):
+    pass
+
+
+class MultipleChoiceParameters(Parameters):
+    top_k: int | None = Field(default=None, ge=1, description="How many of the best choices to return; all by default.")
+
+
+class MultipleChoiceExample(Example):
+    question: str
+    choices: tuple[str, ...] = Field(min_length=1, max_length=64)
+
+
+class LabelledMultipleChoice(MultipleChoiceExample):
+    answer: int = Field(ge=0, description="Index of the right choice.")
+
+    @field_validator("answer", mode="before")
+    @classmethod
+    def _from_letter(cls, answer: Any) -> Any:
+        """A letter counts from A, as in CommonsenseQA's `answerKey`."""
+        return ord(answer) - ord("A") if isinstance(answer, str) and len(answer) == 1 and answer.isupper() else answer
+
+
+class ChoiceScore(TypedDict):
+    index: int
+    choice: str
+    score: float
+
+
+class MultipleChoice(
+    Kind[MultipleChoiceOptions, MultipleChoiceParameters, MultipleChoiceExample, LabelledMultipleChoice]
+):
+    name = "multiple_choice"
+    options = MultipleChoiceOptions
+    parameters = MultipleChoiceParameters
+    example = MultipleChoiceExample
+    labelled = LabelledMultipleChoice
+    prediction = list[ChoiceScore]
+    metric = "accuracy"
+    takes_text = False
+
+    def rows(self, example: MultipleChoiceExample, options: MultipleChoiceOptions, text: Text) -> list[Row]:
+        """One row a choice (windows of it, where the question is long and the options say so); the question is cut."""
+        return [
+            row
+            for part, choice in enumerate(example.choices)
+            for row in text.rows(
+                example.question,
+                choice,
+                max_length=options.max_length,
+                on_long=options.on_long,
+                stride=options.stride,
+                cut_first=True,
+                part=part,
+            )
+        ]
+
+    def head(self, options: MultipleChoiceOptions) -> HeadSpec:
+        return HeadSpec(architecture="multiple_choice", labels=("score",))
+
+    def target(self, example: LabelledMultipleChoice, rows: Sequence[Row], options: MultipleChoiceOptions) -> Any:
+        if example.answer >= len(example.choices):
+            found = f"{example.answer} is not the index of one of {len(example.choices)} choices"
+            raise InputError(Problem(found, field="answer"))
+        return example.answer
+
+    def loss(
+        self, logits: Tensor, rows: Sequence[Sequence[Row]], targets: Sequence[Any], options: MultipleChoiceOptions
+    ) -> Tensor:
+        import torch
+        from torch.nn import functional
+
+        scores = [part[:, 0] for part in merge_tensor(rows, logits)]  # (choices,) each
+        padded = torch.nn.utils.rnn.pad_sequence(scores, batch_first=True, padding_value=float("-inf"))
+        return functional.cross_entropy(padded, torch.as_tensor(targets, device=logits.device))
+
+    def decode(self, work: Work, options: MultipleChoiceOptions, text: Text) -> list[ChoiceScore]:
+        example, parameters = work.example, work.parameters
+        assert isinstance(example, MultipleChoiceExample)
+        assert isinstance(parameters, MultipleChoiceParameters)
+        scores = softmax(merge(work.prompt, work.logits)[:, 0])  # (choices,)
+        order = np.argsort(-scores, kind="stable")[: parameters.top_k]
+        return [ChoiceScore(index=int(i), choice=example.choices[i], score=float(scores[i])) for i in order]
+
+    def metrics(
+        self,
+        predictions: Sequence[list[ChoiceScore]],
+        examples: Sequence[LabelledMultipleChoice],
+        options: MultipleChoiceOptions,
+    ) -> Metrics:
+        right = [p[0]["index"] == e.answer for p, e in zip(predictions, examples, strict=True)]
+        return {"accuracy": float(np.mean(right))}
+
+    def baseline(
+        self, examples: Sequence[LabelledMultipleChoice], options: MultipleChoiceOptions
+    ) -> list[ChoiceScore]:
+        index, count = Counter(e.answer for e in examples).most_common(1)[0]
+        return [ChoiceScore(index=index, choice="", score=count / len(examples))]
+
+    def sample(self, options: MultipleChoiceOptions) -> MultipleChoiceExample:
+        return MultipleChoiceExample(
+            question="What do you open when it starts to rain?", choices=("an umbrella", "a tin of soup", "a book")
+        )

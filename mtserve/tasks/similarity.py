@@ -1,0 +1,144 @@
+"""Similarity of two texts as a bounded score: by regression on the pair, or by cosine of the two pooled texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+from typing_extensions import TypedDict
+
+from mtserve.errors import InputError, Problem
+from mtserve.rows import Floats, Row
+from mtserve.tasks.base import Example, HeadSpec, Item, Kind, Metrics, Options, Parameters, Work, validate
+from mtserve.tasks.windows import merge, merge_tensor
+from mtserve.text import Text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class SimilarityOptions(Options):
+    method: Literal["regression", "cosine"] = Field(
+        default="regression", description="One output on the pair, or cosine of the two texts encoded apart."
+    )
+    low: float = Field(default=0.0, description="Score of texts that have nothing in common.")
+    high: float = Field(default=1.0, description="Score of texts that mean the same.")
+    pooling: Literal["mean", "first", "last"] = Field(default="mean", description="For cosine: the text's embedding.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SimilarityOptions:
+        if not self.low < self.high:
+            raise ValueError(f"low {self.low} must be less than high {self.high}")
+        return self
+
+
+class SimilarityParameters(Parameters):
+    pass
+
+
+class SimilarityExample(Example):
+    text: str
+    text_pair: str
+
+
+class LabelledSimilarity(SimilarityExample):
+    score: float
+
+
+class Sentences(Example):
+    """One sentence against several, as sentence-similarity clients send it."""
+
+    source_sentence: str
+    sentences: list[str] = Field(min_length=1)
+
+
+class Score(TypedDict):
+    score: float
+
+
+class Similarity(Kind[SimilarityOptions, SimilarityParameters, SimilarityExample, LabelledSimilarity]):
+    name = "similarity"
+    options = SimilarityOptions
+    parameters = SimilarityParameters
+    example = SimilarityExample
+    labelled = LabelledSimilarity
+    prediction = Score
+    metric = "pearson"
+    takes_text = False
+
+    def rows(self, example: SimilarityExample, options: SimilarityOptions, text: Text) -> list[Row]:
+        if options.method == "regression":
+            return self._encode(text, options, example.text, example.text_pair)
+        parts = (example.text, example.text_pair)
+        return [row for part, one in enumerate(parts) for row in self._encode(text, options, one, None, part)]
+
+    @staticmethod
+    def _encode(text: Text, options: SimilarityOptions, first: str, second: str | None, part: int = 0) -> list[Row]:
+        limits = {"max_length": options.max_length, "stride": options.stride, "part": part}
+        return text.rows(first, second, on_long=options.on_long, **limits)
+
+    def head(self, options: SimilarityOptions) -> HeadSpec:
+        if options.method == "cosine":
+            return HeadSpec(architecture="pooling", pooling=options.pooling)
+        return HeadSpec(architecture="sequence_classification", labels=("score",), problem_type="regression")
+
+    def target(self, example: LabelledSimilarity, rows: Sequence[Row], options: SimilarityOptions) -> Any:
+        if not options.low <= example.score <= options.high:
+            raise InputError(Problem(f"{example.score} is not in [{options.low}, {options.high}]", field="score"))
+        return (example.score - options.low) / (options.high - options.low)
+
+    def loss(
+        self, logits: Tensor, rows: Sequence[Sequence[Row]], targets: Sequence[Any], options: SimilarityOptions
+    ) -> Tensor:
+        """Squared error on the scale [0, 1]: of the output itself, or of the cosine (Reimers and Gurevych, 2019)."""
+        import torch
+        from torch.nn import functional
+
+        parts = torch.stack(merge_tensor(rows, logits))  # (examples, parts, n_out)
+        if options.method == "cosine":
+            guess = functional.cosine_similarity(parts[:, 0], parts[:, 1], dim=-1)
+        else:
+            guess = parts[:, 0, 0]
+        return functional.mse_loss(guess, torch.as_tensor(targets, dtype=guess.dtype, device=guess.device))
+
+    def decode(self, work: Work, options: SimilarityOptions, text: Text) -> Score:
+        parts = merge(work.prompt, work.logits)
+        share = _cosine(parts[0], parts[1]) if options.method == "cosine" else float(parts[0, 0])
+        return Score(score=options.low + (options.high - options.low) * min(max(share, 0.0), 1.0))
+
+    def metrics(
+        self, predictions: Sequence[Score], examples: Sequence[LabelledSimilarity], options: SimilarityOptions
+    ) -> Metrics:
+        """Pearson and Spearman correlation; 0 where one side is constant, since there is nothing to correlate."""
+        from scipy.stats import pearsonr, spearmanr
+
+        guess, true = np.array([p["score"] for p in predictions]), np.array([e.score for e in examples])
+        if np.ptp(guess) == 0 or np.ptp(true) == 0:
+            return {"pearson": 0.0, "spearman": 0.0}
+        return {"pearson": float(pearsonr(guess, true)[0]), "spearman": float(spearmanr(guess, true)[0])}
+
+    def baseline(self, examples: Sequence[LabelledSimilarity], options: SimilarityOptions) -> Score:
+        return Score(score=float(np.mean([e.score for e in examples])))
+
+    def sample(self, options: SimilarityOptions) -> SimilarityExample:
+        return SimilarityExample(text="A man is feeding his dog.", text_pair="Someone gives food to a pet.")
+
+    def input_models(self) -> list[type[Any]]:
+        return [SimilarityExample, Sentences]
+
+    def split(self, inputs: Any) -> tuple[list[Item], str]:
+        if isinstance(inputs, dict) and "source_sentence" in inputs:
+            asked: Sentences = validate(Sentences, inputs)
+            pairs = [{"text": asked.source_sentence, "text_pair": other} for other in asked.sentences]
+            return pairs, "scores"
+        return super().split(inputs)
+
+    def join(self, predictions: list[Any], shape: str) -> Any:
+        return [p["score"] for p in predictions] if shape == "scores" else super().join(predictions, shape)
+
+
+def _cosine(a: Floats, b: Floats) -> float:
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / norms if norms > 0 else 0.0

@@ -1,0 +1,305 @@
+"""Token classification: spans in a text, with characters counted in the caller's own string, or in pre-split words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import NotRequired, TypedDict
+
+from mtserve.errors import InputError, Problem
+from mtserve.rows import Floats, Row
+from mtserve.tasks.base import IGNORED, Example, HeadSpec, Kind, Metrics, Options, Parameters, Work, softmax
+from mtserve.tasks.spans import (
+    Span,
+    invalid_tags,
+    joined_words,
+    spans_to_tags,
+    tag_names,
+    tags_to_spans,
+    token_words,
+    word_spans,
+)
+from mtserve.text import Text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TokenClassificationOptions(Options):
+    labels: tuple[str, ...] = Field(min_length=1, description="Span labels; the head's outputs are O, B-x and I-x.")
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(labels)) != len(labels):
+            raise ValueError(f"labels must be distinct; found {', '.join(labels)}")
+        return labels
+
+
+class TokenClassificationParameters(Parameters):
+    aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = Field(
+        default="first",
+        description="From token scores to spans: none (tokens), simple (tokens joined), or by words with the scores "
+        "of the first token, the mean of all, or the surest one.",
+    )
+    ignore_labels: tuple[str, ...] = Field(default=(), description="Span labels to leave out.")
+
+
+class TokenClassificationExample(Example):
+    text: str | None = None
+    words: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> TokenClassificationExample:
+        if (self.text is None) == (self.words is None):
+            raise ValueError("give either text or words")
+        if self.words is not None and not all(word.strip() for word in self.words):
+            raise ValueError("words must not be empty")
+        return self
+
+    @property
+    def joined(self) -> str:
+        """The text that is encoded: the caller's own, or the words with spaces between."""
+        return self.text if self.text is not None else " ".join(self.words or ())
+
+
+class GoldSpan(Example):
+    start: int = Field(ge=0)
+    end: int
+    label: str
+
+
+class LabelledTokenClassification(TokenClassificationExample):
+    spans: tuple[GoldSpan, ...] | None = None
+    tags: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _truth_fits(self) -> LabelledTokenClassification:
+        if self.words is not None and (self.tags is None or len(self.tags) != len(self.words)):
+            raise ValueError(f"{len(self.words)} words need as many tags; found {len(self.tags or ())}")
+        if self.text is not None:
+            if self.spans is None:
+                raise ValueError("a text needs spans")
+            for span in self.spans:
+                if not span.start < span.end <= len(self.text):
+                    raise ValueError(f"span [{span.start}, {span.end}) is not in a text of {len(self.text)} characters")
+        broken = next(invalid_tags(self.tags or ()), None)
+        if broken is not None and self.tags is not None:
+            raise ValueError(f"tag {self.tags[broken]!r} at word {broken} breaks IOB2")
+        return self
+
+
+class SpanScore(TypedDict):
+    """A span, or with `aggregation_strategy` none a token. For words, `start` and `end` count words."""
+
+    score: float
+    word: str
+    start: int
+    end: int
+    entity_group: NotRequired[str]
+    entity: NotRequired[str]
+    index: NotRequired[int]
+
+
+class TokenClassification(
+    Kind[
+        TokenClassificationOptions,
+        TokenClassificationParameters,
+        TokenClassificationExample,
+        LabelledTokenClassification,
+    ]
+):
+    name = "token_classification"
+    options = TokenClassificationOptions
+    parameters = TokenClassificationParameters
+    example = TokenClassificationExample
+    labelled = LabelledTokenClassification
+    prediction = list[SpanScore]
+    metric = "f1"
+
+    def rows(self, example: TokenClassificationExample, options: TokenClassificationOptions, text: Text) -> list[Row]:
+        limits = {"max_length": options.max_length, "stride": options.stride}
+        return text.rows(example.joined, on_long=options.on_long, **limits)
+
+    def head(self, options: TokenClassificationOptions) -> HeadSpec:
+        return HeadSpec(architecture="token_classification", labels=tag_names(options.labels), reads="all")
+
+    def fit(self, examples: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
+        fitted = dict(options)
+        if "labels" not in fitted:
+            in_spans = {span["label"] for record in examples for span in record.get("spans") or ()}
+            in_tags = {tag[2:] for record in examples for tag in record.get("tags") or () if tag != "O"}
+            fitted["labels"] = sorted(in_spans | in_tags)
+        return fitted
+
+    def target(
+        self, example: LabelledTokenClassification, rows: Sequence[Row], options: TokenClassificationOptions
+    ) -> list[Any]:
+        """(len,) a row: the tag of each word at its first token; other tokens, and those that stand with more context
+        in a neighbouring window, count in no loss."""
+        words = _words(example)
+        tags = list(example.tags) if example.tags is not None else spans_to_tags(words, _gold(example))
+        names = tag_names(options.labels)
+        unknown = [tag for tag in tags if tag not in names]
+        if unknown:
+            raise InputError(Problem(f"{unknown[0]!r} is not among {', '.join(names)}", field="tags"))
+        targets = [np.full(len(row), IGNORED, np.int64) for row in rows]
+        seen: set[int] = set()
+        for number, at, word in _tokens(example.joined, rows, words):
+            if word >= 0 and word not in seen:
+                targets[number][at] = names.index(tags[word])
+            seen.add(word)
+        return targets
+
+    def loss(
+        self, logits: Tensor, rows: Sequence[Sequence[Row]], targets: Sequence[Any], options: TokenClassificationOptions
+    ) -> Tensor:
+        """Cross entropy, mean over words; 0 for a batch without a single labelled word."""
+        return token_loss(logits, [target for of_example in targets for target in of_example])
+
+    def decode(self, work: Work, options: TokenClassificationOptions, text: Text) -> list[SpanScore]:
+        example, parameters = work.example, work.parameters
+        assert isinstance(example, TokenClassificationExample)
+        assert isinstance(parameters, TokenClassificationParameters)
+        words, source = _words(example), example.joined
+        placed = list(_tokens(source, work.prompt, words))
+        if not placed:
+            return []
+        scores = softmax(np.stack([work.logits[number][at] for number, at, _ in placed]))  # (tokens, n_out)
+        offsets = [_trimmed(source, *work.prompt[number].offsets[at].tolist()) for number, at, _ in placed]
+        names = tag_names(options.labels)
+        strategy = parameters.aggregation_strategy
+        if strategy == "none":
+            found = _token_scores(source, scores, offsets, names)
+        else:
+            if strategy != "simple":
+                owners = [word for _, _, word in placed]
+                scores, offsets = _by_word(scores, owners, words, strategy)
+            found = _span_scores(source, scores, offsets, names)
+        kept = [f for f in found if (f.get("entity_group") or f["entity"][2:]) not in parameters.ignore_labels]
+        return kept if example.words is None else [_in_words(f, words) for f in kept]
+
+    def metrics(
+        self,
+        predictions: Sequence[list[SpanScore]],
+        examples: Sequence[LabelledTokenClassification],
+        options: TokenClassificationOptions,
+    ) -> Metrics:
+        """Micro precision, recall and F1 over whole spans: limits and label must both be right (as CoNLL-2003)."""
+        right = guessed = true = 0
+        for prediction, example in zip(predictions, examples, strict=True):
+            gold = set(_gold(example))
+            guess = {(p["start"], p["end"], p["entity_group"]) for p in prediction}
+            right, guessed, true = right + len(gold & guess), guessed + len(guess), true + len(gold)
+        precision, recall = right / max(guessed, 1), right / max(true, 1)
+        return {"precision": precision, "recall": recall, "f1": 2 * right / max(guessed + true, 1)}
+
+    def baseline(
+        self, examples: Sequence[LabelledTokenClassification], options: TokenClassificationOptions
+    ) -> list[SpanScore]:
+        return []  # O is the majority tag
+
+    def sample(self, options: TokenClassificationOptions) -> TokenClassificationExample:
+        return TokenClassificationExample(text="Ana Silva moved from Porto to Oslo in May.")
+
+    def label_names(self, options: TokenClassificationOptions) -> tuple[str, ...]:
+        return options.labels
+
+
+def token_loss(logits: Tensor, targets: Sequence[Any]) -> Tensor:
+    """Cross entropy of (rows, seq, n_out) logits against one (len,) target array a row, mean over counted tokens."""
+    import torch
+    from torch.nn import functional
+
+    wanted = torch.full(logits.shape[:2], IGNORED)
+    for row, target in enumerate(targets):
+        wanted[row, : len(target)] = torch.from_numpy(target)
+    wanted = wanted.to(logits.device)
+    total = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (wanted != IGNORED).sum().clamp(min=1)
+
+
+def _words(example: TokenClassificationExample) -> list[tuple[int, int]]:
+    return word_spans(example.joined) if example.words is None else joined_words(example.words)[1]
+
+
+def _gold(example: LabelledTokenClassification) -> list[Span]:
+    """True spans, in the unit in which predictions of this example count."""
+    if example.tags is not None and example.words is not None:
+        return tags_to_spans(example.tags)
+    return [(span.start, span.end, span.label) for span in example.spans or ()]
+
+
+def _tokens(source: str, rows: Sequence[Row], words: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(row, position in the row, word or -1) of every token of the text, each once: of the windows that hold a token
+    the one where it stands farthest from an end of the text that this window sees."""
+    best: dict[int, tuple[int, int, int, int]] = {}
+    for number, row in enumerate(rows):
+        own = np.flatnonzero(~row.special)
+        owners = token_words(source, row.offsets, words)
+        for place, at in enumerate(own.tolist()):
+            context = min(place, len(own) - 1 - place)
+            known = best.get(row.first + place)
+            if known is None or context > known[0]:
+                best[row.first + place] = (context, number, at, int(owners[at]))
+    return [best[token][1:] for token in sorted(best)]
+
+
+def _trimmed(source: str, start: int, end: int) -> tuple[int, int]:
+    """A token's characters without the spaces around them, which some tokenizers count to a token."""
+    piece = source[start:end]
+    return start + len(piece) - len(piece.lstrip()), max(start, end - (len(piece) - len(piece.rstrip())))
+
+
+def _by_word(
+    scores: Floats, owners: Sequence[int], words: Sequence[tuple[int, int]], strategy: str
+) -> tuple[Floats, list[tuple[int, int]]]:
+    """(words, n_out) scores and the character limits of the words that have a token."""
+    tokens_of: dict[int, list[int]] = {}
+    for token, word in enumerate(owners):
+        if word >= 0:
+            tokens_of.setdefault(word, []).append(token)
+    merged = []
+    for tokens in tokens_of.values():
+        block = scores[tokens]  # (tokens of the word, n_out)
+        if strategy == "first":
+            merged.append(block[0])
+        elif strategy == "average":
+            merged.append(block.mean(axis=0))
+        else:
+            merged.append(block[block.max(axis=1).argmax()])
+    shape = (len(merged), scores.shape[1])
+    return np.asarray(merged, np.float32).reshape(shape), [words[word] for word in tokens_of]
+
+
+def _token_scores(
+    source: str, scores: Floats, offsets: Sequence[tuple[int, int]], names: Sequence[str]
+) -> list[SpanScore]:
+    found = []
+    for index, (row, (start, end)) in enumerate(zip(scores, offsets, strict=True)):
+        best = int(row.argmax())
+        if names[best] != "O":
+            place = {"start": start, "end": end, "index": index + 1}
+            found.append(SpanScore(entity=names[best], score=float(row[best]), word=source[start:end], **place))
+    return found
+
+
+def _span_scores(
+    source: str, scores: Floats, offsets: Sequence[tuple[int, int]], names: Sequence[str]
+) -> list[SpanScore]:
+    best = scores.argmax(axis=1)
+    found = []
+    for first, last, label in tags_to_spans([names[b] for b in best]):
+        start, end = offsets[first][0], offsets[last - 1][1]
+        score = float(scores[first:last].max(axis=1).mean())
+        found.append(SpanScore(entity_group=label, score=score, word=source[start:end], start=start, end=end))
+    return found
+
+
+def _in_words(found: SpanScore, words: Sequence[tuple[int, int]]) -> SpanScore:
+    """The same span with `start` and `end` counted in the caller's words."""
+    inside = [i for i, (start, end) in enumerate(words) if start < found["end"] and end > found["start"]]
+    return SpanScore(**{**found, "start": inside[0], "end": inside[-1] + 1})

@@ -1,0 +1,187 @@
+"""The only caller of the tokenizer: text to rows, truncation and windows. Knows no task and no model.
+
+Works on `tokenizers.Tokenizer` alone. Truncation and padding baked into a tokenizer file are cleared, and cutting is
+done here on encodings without special tokens, so that one tokenizer serves every length from many threads. Special
+tokens inside a caller's text stay text.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from tokenizers import Encoding, Tokenizer
+
+from mtserve.errors import CheckpointError, InputError
+from mtserve.preparation import check_steps
+from mtserve.rows import Row, make_row
+
+OnLong = Literal["truncate", "error", "window"]
+
+
+class TextSpec(BaseModel):
+    """What the manifest says about text beside the tokenizer file; part of the trunk's fingerprint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pad_id: int = 0
+    eos_id: int | None = None
+    pair_separator: str | None = None
+    preparation: tuple[str, ...] = ()
+
+
+class Text:
+    """A tokenizer with its spec. Safe to use from several threads: nothing in it changes after it is made."""
+
+    def __init__(self, tokenizer_json: str, spec: TextSpec) -> None:
+        check_steps(spec.preparation)
+        try:
+            tokenizer = Tokenizer.from_str(tokenizer_json)
+        except Exception as error:  # the Rust parser raises bare Exception
+            raise CheckpointError(f"tokenizer.json cannot be read: {error}") from error
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True  # not stored in the file
+        self._tokenizer = tokenizer
+        self.spec = spec
+        added = tokenizer.get_added_tokens_decoder().values()
+        specials = sorted((re.escape(t.content) for t in added if t.special), key=len, reverse=True)
+        self._special = re.compile("(" + "|".join(specials) + ")" if specials else r"(?!)()")
+
+    @classmethod
+    def from_file(cls, path: Path, spec: TextSpec) -> Text:
+        """Read a `tokenizer.json`. Raises CheckpointError if it is missing or cannot be read."""
+        try:
+            return cls(path.read_text(encoding="utf-8"), spec)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing") from error
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def special_tokens(self, *, pair: bool) -> int:
+        """How many tokens the template adds around one text, or around a pair."""
+        return int(self._tokenizer.num_special_tokens_to_add(pair))
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def rows(
+        self,
+        text: str,
+        pair: str | None = None,
+        *,
+        max_length: int,
+        on_long: OnLong = "truncate",
+        stride: int = 0,
+        cut_first: bool = False,
+        part: int = 0,
+    ) -> list[Row]:
+        """Encode one text, or a pair, to one row, or to several windows of a long one.
+
+        A row has at most `max_length` tokens, special tokens included. `truncate` cuts at the right, of a pair the
+        longer text first (with `cut_first` the first text first); `window` keeps all tokens: of a pair the longer
+        text (with `cut_first` the first) is cut into windows that overlap by `stride` tokens, and the other one is
+        whole in each. Raises InputError if the text is longer under `error`, or has no tokens at all.
+        """
+        first = self._encode(text)
+        second = None if pair is None else self._encode(self._separated(pair))
+        budget = max_length - self.special_tokens(pair=second is not None)
+        total = len(first) + (0 if second is None else len(second))
+        if total + max_length - budget == 0:
+            raise InputError("the text is empty, and this model's tokenizer makes no tokens of it")
+        if total <= budget:
+            return [self._row(first, second, part=part)]
+        if on_long == "error":
+            raise InputError(f"the text has {total} tokens; this task allows {budget} (max_length {max_length})")
+        if on_long == "window":
+            return self._windows(first, second, budget, stride=stride, cut_first=cut_first, part=part)
+        sizes = _fit(len(first), None if second is None else len(second), budget, cut_first=cut_first)
+        first.truncate(sizes[0])
+        if second is not None:
+            second.truncate(sizes[1])
+        return [self._row(first, second, part=part, cut=total - sum(sizes))]
+
+    def prompt(self, before: str, text: str, after: str, *, max_length: int) -> Row:
+        """A row of literal `before`, the caller's text, literal `after`, with no template around it.
+
+        Special tokens are recognised in the literal parts only. The caller's text is cut at its right end to keep
+        the row within `max_length`, the literals never. Raises InputError if the literals alone are too long.
+        """
+        head, tail, body = self.literal(before), self.literal(after), self._encode(text)
+        budget = max_length - len(head) - len(tail)
+        if budget < 1:
+            raise InputError(f"no room for the text: the template and the answer take {max_length - budget} tokens")
+        cut = max(0, len(body) - budget)
+        body.truncate(budget)
+        ids = [*head, *body.ids, *tail]
+        if not ids:
+            raise InputError("the text is empty, and the template adds no tokens")
+        offsets = [(0, 0)] * len(head) + body.offsets + [(0, 0)] * len(tail)
+        special = [True] * len(head) + [False] * len(body) + [True] * len(tail)
+        return make_row(ids, [0] * len(ids), offsets, special, cut=cut)
+
+    def literal(self, text: str) -> list[int]:
+        """Token ids of text that the operator wrote: special tokens in it are recognised."""
+        ids: list[int] = []
+        for piece in self._special.split(text):
+            if piece:
+                known = self._tokenizer.token_to_id(piece) if self._special.fullmatch(piece) else None
+                ids += self.plain(piece) if known is None else [known]
+        return ids
+
+    def plain(self, text: str) -> list[int]:
+        """Token ids of a caller's text, with no template around it."""
+        return list(self._encode(text).ids)
+
+    def _separated(self, pair: str) -> str:
+        """The second text with the separator before it that a tokenizer without a pair template needs."""
+        return pair if self.spec.pair_separator is None else self.spec.pair_separator + pair
+
+    def _encode(self, text: str) -> Encoding:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _row(self, first: Encoding, second: Encoding | None, **where: int) -> Row:
+        full = self._tokenizer.post_process(first, second)
+        return make_row(full.ids, full.type_ids, full.offsets, full.special_tokens_mask, **where)
+
+    def _windows(
+        self, first: Encoding, second: Encoding | None, budget: int, *, stride: int, cut_first: bool, part: int
+    ) -> list[Row]:
+        long_first = second is None or cut_first or len(first) >= len(second)
+        long, other = (first, second) if long_first or second is None else (second, first)
+        size = budget - (0 if other is None else len(other))
+        if size <= stride:
+            found = f"the shorter text leaves room for {size} tokens of the longer one"
+            raise InputError(f"{found} a window, which must be more than the stride of {stride}")
+        long.truncate(size, stride=stride)
+        pieces = [long, *long.overflowing]
+        rows = []
+        for window, piece in enumerate(pieces):
+            where = {"part": part, "window": window, "first": window * (size - stride)}
+            pair = (piece, other) if long_first or other is None else (other, piece)
+            rows.append(self._row(*pair, **where))
+        return rows
+
+
+def _fit(first: int, second: int | None, budget: int, *, cut_first: bool) -> tuple[int, ...]:
+    """How many tokens each text keeps when both together have at most `budget`."""
+    if second is None:
+        return (max(budget, 0),)
+    if cut_first and second < budget:
+        return min(first, budget - second), second
+    shorter = min(first, second, budget // 2)  # the longer one is cut until both are equal, then both
+    if first <= second:
+        return shorter, min(second, budget - shorter)
+    return min(first, budget - shorter), shorter
+
+
+def text_spec(tokenizer_json: str, *, pad_id: int, eos_id: int | None) -> TextSpec:
+    """The spec for a trunk's tokenizer: a pair separator where the tokenizer's own template has none."""
+    bare = Text(tokenizer_json, TextSpec(pad_id=pad_id, eos_id=eos_id))
+    joined = bare.special_tokens(pair=True) <= bare.special_tokens(pair=False)
+    return TextSpec(pad_id=pad_id, eos_id=eos_id, pair_separator="\n" if joined else None)

@@ -1,0 +1,89 @@
+"""A torch model to and from a checkpoint's files. Knows no engine and no text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
+
+from mtserve.checkpoint import Checkpoint
+from mtserve.errors import CheckpointError
+from mtserve.manifest import GoldenRow
+from mtserve.model import Model, hidden_size, is_causal, max_length
+from mtserve.sealing import TaskPart, TrunkPart
+from mtserve.tasks import KINDS
+from mtserve.tasks.base import Options
+
+
+def load_model(checkpoint: Checkpoint) -> Model:
+    """The checkpoint's trunk with all its heads, in fp32, each trunk tensor once in memory.
+
+    Raises CheckpointError if tensors are missing, left over or of a wrong shape.
+    """
+    manifest = checkpoint.manifest
+    config = AutoConfig.from_pretrained(checkpoint.folder / "trunk", local_files_only=True, trust_remote_code=False)
+    state = load_file(checkpoint.folder / manifest.trunk.weights)
+    family = AutoModel._model_mapping[type(config)]
+    trunk, report = family.from_pretrained(
+        None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+    )
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[fault]:
+            first = sorted(map(str, report[fault]))[0]
+            raise CheckpointError(f"{checkpoint.folder}: trunk weights do not fit their config: {fault[:-5]} {first}")
+    model = Model(trunk.eval())
+    for task in manifest.tasks:
+        model.add(task.name, task.handler.head(task.parsed_options))
+        tensors = load_file(checkpoint.folder / task.weights) if task.weights else {}
+        model.load_head(task.name, tensors, task.tied)
+    return model.eval()
+
+
+def trunk_part(model: Model, *, source: str) -> TrunkPart:
+    """The model's trunk, ready to be sealed. `source` says where it came from (a hub id, a folder's name)."""
+    trunk = model.trunk
+    return TrunkPart(
+        write=lambda folder: trunk.save_pretrained(folder, max_shard_size="1000GB"),
+        family=trunk.config.model_type,
+        causal=is_causal(trunk),
+        hidden_size=hidden_size(trunk.config),
+        max_length=max_length(trunk.config),
+        source=source,
+    )
+
+
+def task_part(
+    model: Model,
+    name: str,
+    *,
+    kind: str,
+    options: Options,
+    golden: Sequence[GoldenRow] = (),
+    calibration: Sequence[Mapping[str, Any]] = (),
+    metrics: Mapping[str, float] | None = None,
+) -> TaskPart:
+    """One task of the model, ready to be sealed; tensors tied to the trunk are named, not stored."""
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r} is no kind of task; allowed: {', '.join(KINDS)}")
+    tensors, config = model.head_tensors(name), model.head(name).config
+    return TaskPart(
+        name=name,
+        kind=kind,
+        options=options,
+        write=partial(_save, tensors) if tensors else None,
+        config=None if config is None else json.loads(config.to_json_string(use_diff=True)),
+        tied=model.tied(name),
+        golden=golden,
+        calibration=calibration,
+        metrics=metrics or {},
+    )
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})

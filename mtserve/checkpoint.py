@@ -50,10 +50,14 @@ class Checkpoint:
         """Read every byte. Raises CheckpointError where a hash or the trunk's fingerprint differs."""
         for name, entry in self.manifest.files.items():
             if (found := sha256_file(self.folder / name)) != entry.sha256:
-                raise CheckpointError(f"{self.folder / name} has sha256 {found[:12]}…, the manifest says {entry.sha256[:12]}…")
+                raise CheckpointError(
+                    f"{self.folder / name} has sha256 {found[:12]}…, the manifest says {entry.sha256[:12]}…"
+                )
         found = fingerprint(self.folder / self.manifest.trunk.weights, self.tokenizer_json, self.manifest.text)
         if found != self.manifest.trunk.fingerprint:
-            raise CheckpointError(f"trunk fingerprint {found[:12]} differs from the manifest's {self.manifest.trunk.fingerprint[:12]}")
+            raise CheckpointError(
+                f"trunk fingerprint {found[:12]} differs from the manifest's {self.manifest.trunk.fingerprint[:12]}"
+            )
 
     @cached_property
     def tokenizer_json(self) -> str:

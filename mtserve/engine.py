@@ -19,7 +19,7 @@ import numpy as np
 
 from mtserve.backends.base import Backend
 from mtserve.batching import Batch, plan
-from mtserve.errors import InputError, UnknownTaskError
+from mtserve.errors import InputError, Problem, UnknownTaskError
 from mtserve.rows import Row
 from mtserve.tasks.base import AnyKind, Example, Options, Work, validate
 from mtserve.text import Text
@@ -73,7 +73,9 @@ class Engine:
 
     def prepare_all(self, name: str, items: Sequence[Any], parameters: Mapping[str, Any] | None = None) -> list[Work]:
         """Raw items (strings, mappings, examples) as works. Raises one InputError that names every bad item."""
-        task, works, problems = self.task(name), [], []
+        task = self.task(name)
+        works: list[Work] = []
+        problems: list[Problem] = []
         validate(task.kind.parameters, parameters or {}, prefix="parameters.")
         for index, item in enumerate(items):
             try:

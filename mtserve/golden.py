@@ -1,4 +1,4 @@
-"""Golden rows: what a checkpoint answered when it was sealed, and whether an engine still answers so. Knows no files."""
+"""Golden rows: what a checkpoint answered when it was sealed, and whether an engine still does. Knows no files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def check_golden(engine: Engine, task: str, rows: Sequence[GoldenRow], *, tolera
     for number, row in enumerate(rows):
         work = engine.prepare(task, engine.task(task).kind.parse(row.input))
         if [r.ids.tolist() for r in work.rows] != row.ids:
-            raise CheckpointError(f"task {task!r}: golden row {number} is tokenised differently than when it was sealed")
+            raise CheckpointError(
+                f"task {task!r}: golden row {number} is tokenised differently than when it was sealed"
+            )
         engine.step([work])
         for array, wanted in zip(work.logits, row.logits, strict=True):
             expected = np.asarray(wanted, np.float32)

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, `mtserve.json`, as data: its shape, its rules and its version gate. Reads no weights."""
+"""The manifest of a checkpoint, `mtserve.json`, as data: shape, rules, version gate. Reads no weights."""
 
 from __future__ import annotations
 
@@ -157,5 +157,7 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path}: {where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}") from error
+        raise CheckpointError(
+            f"{path}: {where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
+        ) from error
     return manifest

@@ -68,7 +68,7 @@ class _TakenOut(nn.Module):
     def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
         assert self.states is not None
         return BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=cast(Any, self.states.hidden), pooler_output=cast(Any, self.states.pooled)
+            last_hidden_state=cast("Any", self.states.hidden), pooler_output=cast("Any", self.states.pooled)
         )
 
 
@@ -94,16 +94,25 @@ class StockHead(nn.Module):
 
     def forward(self, states: TrunkStates) -> Tensor:
         """(rows, n_out), or (rows, seq, n_out) from a head of token outputs."""
-        taken_out = cast(_TakenOut, getattr(self.stock, self.stock.base_model_prefix))
+        taken_out = cast("_TakenOut", getattr(self.stock, self.stock.base_model_prefix))
         mask = states.mask
         not_pad = torch.full_like(mask, 1 if self.config.pad_token_id == 0 else 0)
         taken_out.states = states
         try:
             if self.choice_axis:
-                return cast(Tensor, self.stock(input_ids=not_pad[:, None], attention_mask=mask[:, None]).logits)
-            return cast(Tensor, self.stock(input_ids=not_pad, attention_mask=mask).logits)
+                return cast("Tensor", self.stock(input_ids=not_pad[:, None], attention_mask=mask[:, None]).logits)
+            return cast("Tensor", self.stock(input_ids=not_pad, attention_mask=mask).logits)
         finally:
             taken_out.states = None
+
+    def tie(self, trunk: PreTrainedModel) -> None:
+        """Make the trunk's tensors of those that the family declares as tied between head and trunk."""
+        prefix = self.stock.base_model_prefix + "."
+        for name, source in dict(self.stock._tied_weights_keys or {}).items():
+            if source.startswith(prefix):
+                owner, _, attribute = name.rpartition(".")
+                tensor = trunk.get_parameter(source.removeprefix(prefix))
+                setattr(self.stock.get_submodule(owner), attribute, tensor)
 
     def _found_reads(self, config: PretrainedConfig) -> Reads:
         """Which states the head depends on, found by differentiating its logits for random states."""
@@ -154,15 +163,14 @@ class Model(nn.Module):
     def add(self, task: str, spec: HeadSpec) -> Head:
         """Put a fresh head on the trunk. An output matrix that the family ties to its embeddings is the trunk's own."""
         head: Head = PoolingHead(spec) if spec.architecture == "pooling" else StockHead(spec, self.trunk.config)
-        if spec.architecture == "causal_lm" and self.trunk.config.tie_word_embeddings:
-            output = cast(StockHead, head).stock.get_output_embeddings()
-            cast(nn.Linear, output).weight = cast(nn.Embedding, self.trunk.get_input_embeddings()).weight
+        if isinstance(head, StockHead) and self.trunk.config.tie_word_embeddings:
+            head.tie(self.trunk)
         self.heads[module_name(task)] = head
         self.specs[task] = spec
         return head
 
     def head(self, task: str) -> Head:
-        return cast(Head, self.heads[module_name(task)])
+        return cast("Head", self.heads[module_name(task)])
 
     def states(self, ids: Tensor, mask: Tensor, type_ids: Tensor) -> TrunkStates:
         """One pass of the trunk over padded rows, all three (rows, seq) int64."""
@@ -178,35 +186,38 @@ class Model(nn.Module):
         """Logits of one task for padded rows: (rows, n_out), or (rows, seq, n_out) from a head of token outputs."""
         head = self.head(task)
         states = self.states(ids, mask, type_ids)
-        return cast(Tensor, head(states if head.per_token else states.gathered(head.reads)))
+        return cast("Tensor", head(states if head.per_token else states.gathered(head.reads)))
+
+    def head_state(self, task: str) -> dict[str, Tensor]:
+        """All tensors of a head, tied ones included, under the names of the stock model."""
+        state = self.head(task).state_dict(keep_vars=True)
+        return {name.removeprefix("stock."): tensor for name, tensor in state.items()}
 
     def tied(self, task: str) -> dict[str, str]:
         """Tensors of a head that are the trunk's own storage: name in the head -> name in the trunk."""
         owners = {tensor.data_ptr(): name for name, tensor in self.trunk.state_dict(keep_vars=True).items()}
-        mine = self.head(task).state_dict(keep_vars=True).items()
-        return {name: owners[t.data_ptr()] for name, t in mine if t.numel() and t.data_ptr() in owners}
+        state = self.head_state(task).items()
+        return {name: owners[t.data_ptr()] for name, t in state if t.numel() and t.data_ptr() in owners}
 
     def head_tensors(self, task: str) -> dict[str, Tensor]:
-        """The head's own tensors, without those tied to the trunk, under the names of the stock model."""
+        """The head's own tensors, without those tied to the trunk."""
         tied = self.tied(task)
-        state = self.head(task).state_dict()
-        return {n.removeprefix("stock."): t.detach().contiguous() for n, t in state.items() if n not in tied}
+        return {name: t.detach().contiguous() for name, t in self.head_state(task).items() if name not in tied}
 
+    @torch.no_grad()
     def load_head(self, task: str, tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> None:
         """Fill a head. Raises CheckpointError if names or shapes differ from what the head needs."""
-        head = self.head(task)
         if self.tied(task) != dict(tied):
             raise CheckpointError(f"task {task!r}: tied tensors {dict(tied)} declared, {self.tied(task)} needed")
-        wanted = {n: t for n, t in head.state_dict().items() if n not in tied}
-        found = {f"stock.{name}": tensor for name, tensor in tensors.items()}
-        for name in sorted(wanted.keys() ^ found.keys()):
+        wanted = {name: tensor for name, tensor in self.head_state(task).items() if name not in tied}
+        for name in sorted(wanted.keys() ^ tensors.keys()):
             fault = "is missing from" if name in wanted else "does not belong into"
-            raise CheckpointError(f"task {task!r}: tensor {name.removeprefix('stock.')} {fault} the head's file")
+            raise CheckpointError(f"task {task!r}: tensor {name} {fault} the head's file")
         for name, tensor in wanted.items():
-            if tensor.shape != found[name].shape:
-                shapes = f"{tuple(found[name].shape)} found, {tuple(tensor.shape)} needed"
-                raise CheckpointError(f"task {task!r}: tensor {name.removeprefix('stock.')} has a wrong shape: {shapes}")
-        head.load_state_dict(found, strict=False)
+            if tensor.shape != tensors[name].shape:
+                shapes = f"{tuple(tensors[name].shape)} found, {tuple(tensor.shape)} needed"
+                raise CheckpointError(f"task {task!r}: tensor {name} has a wrong shape: {shapes}")
+            tensor.copy_(tensors[name])
 
 
 def module_name(task: str) -> str:
@@ -236,7 +247,7 @@ def stock_class(spec: HeadSpec, config: PretrainedConfig) -> tuple[Any, Pretrain
 
 
 def _has(architecture: str, config: PretrainedConfig) -> bool:
-    return type(config) in getattr(transformers, _AUTO[architecture])._model_mapping.keys()
+    return type(config) in getattr(transformers, _AUTO[architecture])._model_mapping
 
 
 def hidden_size(config: PretrainedConfig) -> int:
@@ -260,7 +271,9 @@ def max_length(config: PretrainedConfig) -> int | None:
     return None if size is None else int(size) - offset
 
 
-OFFSET_FAMILIES = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "data2vec-text"})
+OFFSET_FAMILIES = frozenset(
+    {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "data2vec-text"}
+)
 
 
 def is_causal(trunk: PreTrainedModel) -> bool:
@@ -296,4 +309,4 @@ def load_trunk(folder: str, *, dtype: torch.dtype = torch.float32) -> PreTrained
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} trunk tensors are missing, the first is {missing[0]}")
     trunk.eval()
-    return cast(PreTrainedModel, trunk)
+    return cast("PreTrainedModel", trunk)

@@ -24,7 +24,9 @@ def resolve(location: str | Path) -> Path:
         raise ResolveError(f"{text} is a file; a model is a folder")
     hub = _HUB_ID.fullmatch(text)
     if hub is None or text.startswith((".", "~", "/")):
-        raise ResolveError(f"{text} does not exist; a model is a folder or a hub id (owner/name or owner/name@revision)")
+        raise ResolveError(
+            f"{text} does not exist; a model is a folder or a hub id (owner/name or owner/name@revision)"
+        )
     return _download(hub["repo"], hub["revision"])
 
 
@@ -39,4 +41,6 @@ def _download(repo: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         where = repo if revision is None else f"{repo}@{revision}"
         first = str(error).strip().splitlines()[0]
-        raise ResolveError(f"{where} is neither a folder here nor a model on the hub that can be reached: {first}") from error
+        raise ResolveError(
+            f"{where} is neither a folder here nor a model on the hub that can be reached: {first}"
+        ) from error

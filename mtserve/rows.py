@@ -66,12 +66,11 @@ class Row:
         )
 
 
-def make_row(ids: Any, type_ids: Any, offsets: Any, special: Any, **where: int) -> Row:
+def make_row(ids: Any, type_ids: Any, offsets: Any, special: Any) -> Row:
     """A row from sequences of any kind, as int32 and bool arrays."""
     return Row(
         ids=np.asarray(ids, np.int32),
         type_ids=np.asarray(type_ids, np.int32),
         offsets=np.asarray(offsets, np.int32).reshape(-1, 2),
         special=np.asarray(special, np.bool_),
-        **where,
     )

@@ -117,7 +117,7 @@ def _seal_task(writer: _Writer, task: TaskPart, trunk: str) -> TaskEntry:
             task.write(Path(aside) / "head")
             weights = writer.move(Path(aside) / "head", home + "/model-{}.safetensors")
     if task.config is not None:
-        config = writer.bytes(home + "/config-{}.json", json.dumps(task.config, indent=1, sort_keys=True).encode())
+        config = writer.write(home + "/config-{}.json", json.dumps(task.config, indent=1, sort_keys=True).encode())
     golden = [row.model_dump(mode="json") for row in task.golden]
     return TaskEntry(
         name=task.name,
@@ -152,7 +152,7 @@ class _Writer:
         self.files[name] = FileEntry(size=target.stat().st_size, sha256=digest)
         return name
 
-    def bytes(self, pattern: str, content: bytes) -> str:
+    def write(self, pattern: str, content: bytes) -> str:
         """Write bytes to a name by hash (or to a fixed one); returns the name."""
         digest = hashlib.sha256(content).hexdigest()
         name = pattern.format(digest[:16])
@@ -162,19 +162,21 @@ class _Writer:
 
     def jsonl(self, pattern: str, records: Iterable[Mapping[str, Any]]) -> str | None:
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        return self.bytes(pattern, "".join(lines).encode()) if lines else None
+        return self.write(pattern, "".join(lines).encode()) if lines else None
 
     def fixed(self, name: str, content: bytes) -> None:
         """Write a file that must not change while the folder lives."""
         target = self.folder / name
         if target.exists() and target.read_bytes() != content:
             raise CheckpointError(f"{target} would change: write a checkpoint of another trunk into another folder")
-        self.bytes(name, content)
+        self.write(name, content)
 
 
 def _refuse_foreign(folder: Path) -> None:
     if folder.exists() and not (folder / MANIFEST).exists():
-        others = [p.name for p in folder.iterdir() if not p.name.startswith(".sealing-")] if folder.is_dir() else ["a file"]
+        others = (
+            [p.name for p in folder.iterdir() if not p.name.startswith(".sealing-")] if folder.is_dir() else ["a file"]
+        )
         unfinished = {"trunk", "heads", "golden", "calibration", "tokenizer.json", "README.md"}
         if set(others) - unfinished:
             raise CheckpointError(f"{folder} holds something else ({sorted(others)[0]}); choose an empty folder")

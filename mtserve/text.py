@@ -8,6 +8,7 @@ tokens inside a caller's text stay text.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,15 @@ class TextSpec(BaseModel):
     eos_id: int | None = None
     pair_separator: str | None = None
     preparation: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a row may be, special tokens included, what happens to longer texts, and what windows share."""
+
+    max_length: int
+    on_long: OnLong = "truncate"
+    stride: int = 0
 
 
 class Text:
@@ -75,9 +85,7 @@ class Text:
         text: str,
         pair: str | None = None,
         *,
-        max_length: int,
-        on_long: OnLong = "truncate",
-        stride: int = 0,
+        limits: Limits,
         cut_first: bool = False,
         part: int = 0,
     ) -> list[Row]:
@@ -90,16 +98,17 @@ class Text:
         """
         first = self._encode(text)
         second = None if pair is None else self._encode(self._separated(pair))
-        budget = max_length - self.special_tokens(pair=second is not None)
+        added = self.special_tokens(pair=second is not None)
+        budget = limits.max_length - added
         total = len(first) + (0 if second is None else len(second))
-        if total + max_length - budget == 0:
+        if total + added == 0:
             raise InputError("the text is empty, and this model's tokenizer makes no tokens of it")
         if total <= budget:
             return [self._row(first, second, part=part)]
-        if on_long == "error":
-            raise InputError(f"the text has {total} tokens; this task allows {budget} (max_length {max_length})")
-        if on_long == "window":
-            return self._windows(first, second, budget, stride=stride, cut_first=cut_first, part=part)
+        if limits.on_long == "error":
+            raise InputError(f"the text has {total} tokens; this task allows {budget} (max_length {limits.max_length})")
+        if limits.on_long == "window":
+            return self._windows(first, second, budget, stride=limits.stride, cut_first=cut_first, part=part)
         sizes = _fit(len(first), None if second is None else len(second), budget, cut_first=cut_first)
         first.truncate(sizes[0])
         if second is not None:
@@ -123,7 +132,7 @@ class Text:
             raise InputError("the text is empty, and the template adds no tokens")
         offsets = [(0, 0)] * len(head) + body.offsets + [(0, 0)] * len(tail)
         special = [True] * len(head) + [False] * len(body) + [True] * len(tail)
-        return make_row(ids, [0] * len(ids), offsets, special, cut=cut)
+        return replace(make_row(ids, [0] * len(ids), offsets, special), cut=cut)
 
     def literal(self, text: str) -> list[int]:
         """Token ids of text that the operator wrote: special tokens in it are recognised."""
@@ -145,9 +154,19 @@ class Text:
     def _encode(self, text: str) -> Encoding:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def _row(self, first: Encoding, second: Encoding | None, **where: int) -> Row:
+    def _row(
+        self,
+        first: Encoding,
+        second: Encoding | None,
+        *,
+        part: int,
+        cut: int = 0,
+        window: int = 0,
+        first_token: int = 0,
+    ) -> Row:
         full = self._tokenizer.post_process(first, second)
-        return make_row(full.ids, full.type_ids, full.offsets, full.special_tokens_mask, **where)
+        row = make_row(full.ids, full.type_ids, full.offsets, full.special_tokens_mask)
+        return replace(row, part=part, cut=cut, window=window, first=first_token)
 
     def _windows(
         self, first: Encoding, second: Encoding | None, budget: int, *, stride: int, cut_first: bool, part: int
@@ -162,9 +181,8 @@ class Text:
         pieces = [long, *long.overflowing]
         rows = []
         for window, piece in enumerate(pieces):
-            where = {"part": part, "window": window, "first": window * (size - stride)}
             pair = (piece, other) if long_first or other is None else (other, piece)
-            rows.append(self._row(*pair, **where))
+            rows.append(self._row(*pair, part=part, window=window, first_token=window * (size - stride)))
         return rows
 
 

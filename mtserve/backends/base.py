@@ -15,8 +15,10 @@ class Backend(Protocol):
     profile   how it computes, as the manifest names it
     """
 
-    cost: Cost
     profile: str
+
+    @property
+    def cost(self) -> Cost: ...
 
     def run(self, batch: Batch) -> dict[str, list[Floats]]:
         """One trunk pass over the batch's rows, then each task's head on the rows that it wants.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mtserve.batching import Batch, padded_cost
+from mtserve.batching import Batch, Cost, padded_cost
 from mtserve.model import Model, TrunkStates
 from mtserve.rows import Floats, Row
 
@@ -13,12 +13,12 @@ from mtserve.rows import Floats, Row
 class EagerBackend:
     """Runs a `Model` in PyTorch's eager mode, in the precision of its weights."""
 
-    cost = staticmethod(padded_cost)
     profile = "fp32"
 
     def __init__(self, model: Model, *, pad_id: int) -> None:
         self.model = model
         self.pad_id = pad_id
+        self.cost: Cost = padded_cost
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> dict[str, list[Floats]]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Floats, Row
-from mtserve.text import OnLong, Text
+from mtserve.text import Limits, OnLong, Text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +61,10 @@ class Options(BaseModel):
     on_long: OnLong = Field(default="truncate", description="What happens to longer texts.")
     stride: int = Field(default=16, ge=0, description="Tokens that neighbouring windows share.")
 
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_length, self.on_long, self.stride)
+
     @model_validator(mode="after")
     def _stride_fits(self) -> Options:
         if self.on_long == "window" and self.stride >= self.max_length // 2:
@@ -84,6 +88,7 @@ O_ = TypeVar("O_", bound=Options)
 P_ = TypeVar("P_", bound=Parameters)
 E_ = TypeVar("E_", bound=Example)
 L_ = TypeVar("L_", bound=Example)
+M_ = TypeVar("M_", bound=BaseModel)
 
 
 @dataclass(eq=False)
@@ -152,7 +157,7 @@ class Kind(ABC, Generic[O_, P_, E_, L_]):
 
     def unlabelled(self, example: L_) -> E_:
         """The example without its truth: what a caller would send."""
-        return self.example.model_construct(**{name: getattr(example, name) for name in self.example.model_fields})
+        return validate(self.example, {name: getattr(example, name) for name in self.example.model_fields})
 
     # the head, in training
 
@@ -218,7 +223,9 @@ class Kind(ABC, Generic[O_, P_, E_, L_]):
         if isinstance(item, str) and self.takes_text:
             item = {"text": item}
         if not isinstance(item, Mapping):
-            allowed = f"{'a string or ' if self.takes_text else ''}an object with {', '.join(self.example.model_fields)}"
+            allowed = (
+                f"{'a string or ' if self.takes_text else ''}an object with {', '.join(self.example.model_fields)}"
+            )
             raise InputError(f"an input of {self.name} is {allowed}; found {_json_type(item)}")
         return validate(self.example, item)
 
@@ -238,7 +245,7 @@ class Kind(ABC, Generic[O_, P_, E_, L_]):
 AnyKind = Kind[Any, Any, Any, Any]
 
 
-def validate(model: type[E_] | type[P_] | type[O_], data: Any, *, prefix: str = "") -> Any:
+def validate(model: type[M_], data: Any, *, prefix: str = "") -> M_:
     """`data` as an instance of a pydantic model; pydantic's findings become one InputError."""
     try:
         return model.model_validate(data)

@@ -72,13 +72,7 @@ class Classification(
     metric = "macro_f1"
 
     def rows(self, example: ClassificationExample, options: ClassificationOptions, text: Text) -> list[Row]:
-        return text.rows(
-            example.text,
-            example.text_pair,
-            max_length=options.max_length,
-            on_long=options.on_long,
-            stride=options.stride,
-        )
+        return text.rows(example.text, example.text_pair, limits=options.limits)
 
     def head(self, options: ClassificationOptions) -> HeadSpec:
         problem = "multi_label_classification" if options.multi_label else "single_label_classification"
@@ -154,12 +148,10 @@ class Classification(
     @staticmethod
     def _hot(label: str | tuple[str, ...], options: ClassificationOptions) -> Any:
         """(n_out,) of 0 and 1."""
-        return np.array([name == label or (name in label and label != name and isinstance(label, tuple)) for name in options.labels], int)
+        return np.isin(options.labels, [label] if isinstance(label, str) else list(label)).astype(int)
 
     def baseline(self, examples: Sequence[LabelledClassification], options: ClassificationOptions) -> list[LabelScore]:
-        counts = Counter(
-            name for e in examples for name in ([e.label] if isinstance(e.label, str) else e.label)
-        )
+        counts = Counter(name for e in examples for name in ([e.label] if isinstance(e.label, str) else e.label))
         scores = {name: counts[name] / max(len(examples), 1) for name in options.labels}
         return [LabelScore(label=n, score=s) for n, s in sorted(scores.items(), key=lambda item: -item[1])]
 

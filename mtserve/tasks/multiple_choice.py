@@ -66,15 +66,7 @@ class MultipleChoice(
         return [
             row
             for part, choice in enumerate(example.choices)
-            for row in text.rows(
-                example.question,
-                choice,
-                max_length=options.max_length,
-                on_long=options.on_long,
-                stride=options.stride,
-                cut_first=True,
-                part=part,
-            )
+            for row in text.rows(example.question, choice, limits=options.limits, cut_first=True, part=part)
         ]
 
     def head(self, options: MultipleChoiceOptions) -> HeadSpec:
@@ -113,9 +105,7 @@ class MultipleChoice(
         right = [p[0]["index"] == e.answer for p, e in zip(predictions, examples, strict=True)]
         return {"accuracy": float(np.mean(right))}
 
-    def baseline(
-        self, examples: Sequence[LabelledMultipleChoice], options: MultipleChoiceOptions
-    ) -> list[ChoiceScore]:
+    def baseline(self, examples: Sequence[LabelledMultipleChoice], options: MultipleChoiceOptions) -> list[ChoiceScore]:
         index, count = Counter(e.answer for e in examples).most_common(1)[0]
         return [ChoiceScore(index=index, choice="", score=count / len(examples))]
 

@@ -70,14 +70,9 @@ class Similarity(Kind[SimilarityOptions, SimilarityParameters, SimilarityExample
 
     def rows(self, example: SimilarityExample, options: SimilarityOptions, text: Text) -> list[Row]:
         if options.method == "regression":
-            return self._encode(text, options, example.text, example.text_pair)
+            return text.rows(example.text, example.text_pair, limits=options.limits)
         parts = (example.text, example.text_pair)
-        return [row for part, one in enumerate(parts) for row in self._encode(text, options, one, None, part)]
-
-    @staticmethod
-    def _encode(text: Text, options: SimilarityOptions, first: str, second: str | None, part: int = 0) -> list[Row]:
-        limits = {"max_length": options.max_length, "stride": options.stride, "part": part}
-        return text.rows(first, second, on_long=options.on_long, **limits)
+        return [row for part, one in enumerate(parts) for row in text.rows(one, limits=options.limits, part=part)]
 
     def head(self, options: SimilarityOptions) -> HeadSpec:
         if options.method == "cosine":
@@ -130,7 +125,7 @@ class Similarity(Kind[SimilarityOptions, SimilarityParameters, SimilarityExample
 
     def split(self, inputs: Any) -> tuple[list[Item], str]:
         if isinstance(inputs, dict) and "source_sentence" in inputs:
-            asked: Sentences = validate(Sentences, inputs)
+            asked = validate(Sentences, inputs)
             pairs = [{"text": asked.source_sentence, "text_pair": other} for other in asked.sentences]
             return pairs, "scores"
         return super().split(inputs)

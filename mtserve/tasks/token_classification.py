@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NotRequired
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Floats, Row
@@ -121,8 +121,7 @@ class TokenClassification(
     metric = "f1"
 
     def rows(self, example: TokenClassificationExample, options: TokenClassificationOptions, text: Text) -> list[Row]:
-        limits = {"max_length": options.max_length, "stride": options.stride}
-        return text.rows(example.joined, on_long=options.on_long, **limits)
+        return text.rows(example.joined, limits=options.limits)
 
     def head(self, options: TokenClassificationOptions) -> HeadSpec:
         return HeadSpec(architecture="token_classification", labels=tag_names(options.labels), reads="all")
@@ -282,8 +281,9 @@ def _token_scores(
     for index, (row, (start, end)) in enumerate(zip(scores, offsets, strict=True)):
         best = int(row.argmax())
         if names[best] != "O":
-            place = {"start": start, "end": end, "index": index + 1}
-            found.append(SpanScore(entity=names[best], score=float(row[best]), word=source[start:end], **place))
+            token = SpanScore(entity=names[best], score=float(row[best]), word=source[start:end], start=start, end=end)
+            token["index"] = index + 1
+            found.append(token)
     return found
 
 
@@ -302,4 +302,4 @@ def _span_scores(
 def _in_words(found: SpanScore, words: Sequence[tuple[int, int]]) -> SpanScore:
     """The same span with `start` and `end` counted in the caller's words."""
     inside = [i for i, (start, end) in enumerate(words) if start < found["end"] and end > found["start"]]
-    return SpanScore(**{**found, "start": inside[0], "end": inside[-1] + 1})
+    return {**found, "start": inside[0], "end": inside[-1] + 1}

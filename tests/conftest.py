@@ -1,0 +1,40 @@
+"""Tiny random models of every family that the project supports, and a tokenizer for them. No network, no downloads."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from tests.tiny import FAMILIES, TOKENIZER_JSON, Tiny, tiny
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def small() -> Tiny:
+    """A tiny BERT with a task of every kind that it can have."""
+    return tiny("bert")
+
+
+@pytest.fixture
+def small_causal() -> Tiny:
+    """A tiny GPT-2 with two generation tasks and a classifier."""
+    return tiny("gpt2")
+
+
+@pytest.fixture
+def tokenizer_json() -> str:
+    return TOKENIZER_JSON

@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModel
 from mtserve.checkpoint import Checkpoint
 from mtserve.errors import CheckpointError
 from mtserve.manifest import GoldenRow
-from mtserve.model import Model, hidden_size, is_causal, max_length
+from mtserve.model import Model
 from mtserve.sealing import TaskPart, TrunkPart
 from mtserve.tasks import KINDS
 from mtserve.tasks.base import Options
+from mtserve.trunk import hidden_size, is_causal, max_length
 
 
 def load_model(checkpoint: Checkpoint) -> Model:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from torch.utils._pytree import tree_leaves
 
 from mtserve.backends.eager import padded
-from mtserve.model import stock_class
+from mtserve.heads import stock_class
 from mtserve.tasks import KINDS
 from tests.tiny import FAMILIES, GENERATION, OPTIONS, PAD, Tiny, tiny
 
@@ -51,7 +51,7 @@ def stock_logits(small: Tiny, task: str, rows: Any) -> Any:
     assert own.keys() <= state.keys()
     stock.load_state_dict({**state, **own})
     if spec.architecture == "causal_lm":
-        stock.lm_head.weight = cast(Any, small.model.head(task)).stock.lm_head.weight
+        stock.lm_head.weight = cast("Any", small.model.head(task)).stock.lm_head.weight
     ids, mask, types = padded(rows, pad_id=PAD)
     inputs = {"input_ids": ids, "attention_mask": mask}
     if small.model._uses_types:
@@ -195,5 +195,5 @@ def test_sample_is_a_valid_request_item() -> None:
         handler = KINDS[kind]
         options = handler.options.model_validate(raw)
         sample = handler.sample(options)
-        item = cast(Any, sample).model_dump(mode="json", exclude_none=True)
+        item = cast("Any", sample).model_dump(mode="json", exclude_none=True)
         assert handler.parse(item) == sample, name

@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModel
 
 from mtserve.backends.eager import EagerBackend
 from mtserve.engine import Engine, Task
-from mtserve.model import Model, is_causal
+from mtserve.model import Model
 from mtserve.tasks import KINDS
 from mtserve.text import Text, TextSpec, text_spec
+from mtserve.trunk import is_causal
 
 PAD, CLS, SEP, UNK, EOS = 0, 1, 2, 3, 4
 CORPUS = (
@@ -94,7 +95,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 GENERATION: dict[str, tuple[str, dict[str, Any]]] = {
     "forth": ("generation", {"template": "{text} [SEP]", "max_new_tokens": 5, "max_length": 48}),
-    "back": ("generation", {"template": "back : {text} [SEP]", "max_new_tokens": 7, "max_length": 48}),
+    "back": ("generation", {"template": "one : {text} [SEP]", "max_new_tokens": 7, "max_length": 48}),
 }
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from mtserve.batching import Batch, Cost, padded_cost
-from mtserve.model import Model, TrunkStates
+from mtserve.heads import TrunkStates
+from mtserve.model import Model
 from mtserve.rows import Floats, Row
 
 

@@ -1,0 +1,207 @@
+"""The command line: parse, call one function, map errors to exit codes (0 fine, 1 some failed, 2 usage or setup).
+
+Data goes to stdout, messages to stderr. Knows no model and no route; every command is a thin client of the library.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mtserve.errors import InputError, MissingExtraError, MtserveError
+
+app = typer.Typer(
+    name="mtserve",
+    help="One encoder, every task: train, inspect, call and serve multitask checkpoints.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id (owner/name or owner/name@revision).")]
+
+
+@app.command()
+def train(
+    run: Annotated[Path, typer.Argument(help="The run file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: training.epochs=1 seed=3 …")] = None,
+) -> None:
+    """mtserve train RUN.yaml training.epochs=1
+
+    Train the tasks of a run file on one trunk and seal the checkpoint. Runs `python -m training` as a child.
+    """
+    child = subprocess.run([sys.executable, "-m", "training", str(run), *(overrides or [])], check=False)
+    raise typer.Exit(child.returncode)
+
+
+@app.command()
+def serve(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints: folders or hub ids. Each trunk is loaded once.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 3000,
+) -> None:
+    """mtserve serve runs/demo --port 3000
+
+    Serve all tasks over HTTP until stopped; the same service as `MTSERVE_MODEL=… bentoml serve`.
+    """
+    try:
+        from mtserve.serve.launch import command
+    except ImportError as error:
+        raise MissingExtraError("serving", "serve") from error
+    argv, env = command(models, host=host, port=port)
+    os.execve(argv[0], argv, env)  # noqa: S606 - the server takes this process's place and its process id
+
+
+@app.command()
+def predict(
+    model: Model,
+    inputs: Annotated[list[str], typer.Argument(help="Texts, or JSON objects as in a request; - reads lines.")],
+    task: Annotated[list[str] | None, typer.Option(help="A task; may be repeated. One-task models need none.")] = None,
+    parameters: Annotated[str, typer.Option(help="JSON object with parameters of the task.")] = "{}",
+) -> None:
+    """mtserve predict runs/demo "My parcel never came." --task intent --task sentiment
+
+    Answer some inputs: one JSON line each on stdout, with a key for each task.
+    """
+    from mtserve.loading import load
+
+    items = [_item(text) for text in _lines(inputs)]
+    chosen = _json_object(parameters)
+    engine = _quietly(load, model)
+    names = task or (list(engine.tasks) if len(engine.tasks) == 1 else [])
+    if not names:
+        raise typer.BadParameter(f"choose --task from {', '.join(engine.tasks)}", param_hint="--task")
+    works = [engine.prepare_all(name, items, chosen) for name in names]
+    flat = engine.run([work for of_task in works for work in of_task])
+    for index in range(len(items)):
+        answer = {name: flat[at * len(items) + index] for at, name in enumerate(names)}
+        typer.echo(json.dumps(answer, ensure_ascii=False))
+
+
+@app.command()
+def inspect(
+    model: Model,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and reproduce the golden rows.")] = False,
+    against: Annotated[str | None, typer.Option(help="Another model, to compare with.")] = None,
+) -> None:
+    """mtserve inspect runs/demo --verify
+
+    Show what is in a model: trunk, tasks, labels, metrics, sizes. Exit code 1 if golden rows are not reproduced.
+    """
+    from mtserve import inspection
+    from mtserve.checkpoint import Checkpoint
+    from mtserve.resolve import resolve
+
+    checkpoint = Checkpoint.open(resolve(model))
+    facts = inspection.describe(checkpoint)
+    failed = False
+    if verify:
+        reports = _quietly(inspection.verify, checkpoint)
+        failed = not all(report.reproduced for report in reports)
+        facts["golden"] = {r.task: {"rows": r.rows, "difference": r.difference, "ok": r.reproduced} for r in reports}
+    if against is not None:
+        facts["against"] = _quietly(inspection.compare, checkpoint, Checkpoint.open(resolve(against)))
+    if as_json:
+        typer.echo(json.dumps(facts, ensure_ascii=False, indent=1))
+    else:
+        _print_facts(facts)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def demo(
+    check: Annotated[bool, typer.Option("--check", help="Do all of it, check the answers, stop and exit.")] = False,
+    output: Annotated[Path, typer.Option(help="Where the checkpoint is kept.")] = Path("demo-checkpoint"),
+    trunk: Annotated[str | None, typer.Option(help="A trunk folder or hub id instead of the packaged one.")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the server.")] = 3000,
+) -> None:
+    """mtserve demo --check
+
+    Train five small tasks on one packaged encoder, serve them, show a call and its answer for each.
+    """
+    from mtserve.demo.run import run_demo
+
+    raise typer.Exit(run_demo(output=output, trunk=trunk, port=port, check=check))
+
+
+def _lines(inputs: list[str]) -> list[str]:
+    if inputs == ["-"]:
+        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    return inputs
+
+
+def _item(text: str) -> Any:
+    """A text as it is; what begins like a JSON object is one."""
+    return _json_object(text) if text.lstrip().startswith("{") else text
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{text!r} is not a JSON object")
+    return value
+
+
+def _quietly(function: Any, *arguments: Any) -> Any:
+    """Call something that loads models, without Transformers' progress bars."""
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        return function(*arguments)
+    logging.disable_progress_bar()
+    return function(*arguments)
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    console = Console()
+    trunk, sizes = facts["trunk"], facts["bytes"]
+    console.print(f"{facts['folder']}  (format {facts['format']}, written by {facts['written_by']})", highlight=False)
+    longest = "no limit" if trunk["max_length"] is None else f"{trunk['max_length']} tokens"
+    console.print(
+        f"trunk   {trunk['family']}, {trunk['parameters'] / 1e6:.1f}M parameters, {longest}, "
+        f"from {trunk['source']}, fingerprint {trunk['fingerprint'][:12]}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    mib = {name: size / 2**20 for name, size in sizes.items()}
+    console.print(f"on disk {mib['all']:.1f} MiB: trunk {mib['trunk']:.1f}, heads {mib['heads']:.2f}", highlight=False)
+    table = Table("task", "kind", "labels", "max_length", "metrics", "golden", "calibration")
+    for task in facts["tasks"]:
+        metrics = ", ".join(f"{name} {value:.3f}" for name, value in task["metrics"].items())
+        rows = str(task["golden_rows"]), str(task["calibration_rows"])
+        length = str(task["options"]["max_length"])
+        table.add_row(task["name"], task["kind"], ", ".join(task["labels"]), length, metrics, *rows)
+    console.print(table)
+    for name, report in facts.get("golden", {}).items():
+        verdict = "reproduced" if report["ok"] else "NOT reproduced"
+        console.print(f"{name}: {report['rows']} golden rows {verdict}, largest difference {report['difference']:.2g}")
+    if "against" in facts:
+        console.print_json(data=facts["against"])
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except MtserveError as error:
+        typer.echo(f"mtserve: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

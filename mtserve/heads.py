@@ -1,0 +1,174 @@
+"""Heads: stock Transformers task models with their trunk taken out. Knows no files and no text.
+
+Where the trunk stood, a module gives back the states that the shared trunk computed, so the stock `forward` becomes
+the head. Heads never share a config object with the trunk or with each other, since Transformers writes into it.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+from mtserve.errors import CheckpointError
+from mtserve.tasks.base import HeadSpec, Reads
+from mtserve.trunk import hidden_size
+
+_AUTO = {
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "multiple_choice": "AutoModelForMultipleChoice",
+    "causal_lm": "AutoModelForCausalLM",
+}
+
+
+@dataclass
+class TrunkStates:
+    """What the trunk computed for some rows.
+
+    hidden    (rows, seq, hidden)   last hidden states
+    pooled    (rows, hidden)        the trunk's own pooler output, where the family has a pooler
+    mask      (rows, seq)           1 at real tokens, which stand at the left
+    """
+
+    hidden: Tensor
+    pooled: Tensor | None
+    mask: Tensor
+
+    def select(self, rows: Tensor) -> TrunkStates:
+        """The states of some rows, by index."""
+        return TrunkStates(self.hidden[rows], None if self.pooled is None else self.pooled[rows], self.mask[rows])
+
+    def gathered(self, reads: Reads) -> TrunkStates:
+        """Only the positions that a head reads: (rows, 1, hidden) unless it reads all."""
+        if reads == "all":
+            return self
+        if reads == "last":
+            at = self.mask.sum(1) - 1
+            hidden = self.hidden[torch.arange(len(at), device=at.device), at][:, None]
+        else:
+            hidden = self.hidden[:, :1]
+        return TrunkStates(hidden, self.pooled, self.mask[:, :1])
+
+
+class _TakenOut(nn.Module):
+    """Stands where a stock task model had its trunk, and gives back states that were computed before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: TrunkStates | None = None
+
+    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        assert self.states is not None
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=cast("Any", self.states.hidden), pooler_output=cast("Any", self.states.pooled)
+        )
+
+
+class StockHead(nn.Module):
+    """The rest of a stock task model whose trunk was taken out; fresh weights are the family's own initialisation."""
+
+    def __init__(self, spec: HeadSpec, config: PretrainedConfig) -> None:
+        super().__init__()
+        auto, config = stock_class(spec, config)
+        with torch.device("meta"):
+            stock = auto.from_config(config)
+        setattr(stock, stock.base_model_prefix, _TakenOut())
+        stock.to_empty(device="cpu")
+        stock.initialize_weights()
+        self.stock: PreTrainedModel = stock
+        self.per_token = spec.architecture in ("token_classification", "causal_lm")
+        self.choice_axis = spec.architecture == "multiple_choice" and "MultipleChoice" in type(stock).__name__
+        self.reads: Reads = spec.reads or self._found_reads(config)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.stock.config
+
+    def forward(self, states: TrunkStates) -> Tensor:
+        """(rows, n_out), or (rows, seq, n_out) from a head of token outputs."""
+        taken_out = cast("_TakenOut", getattr(self.stock, self.stock.base_model_prefix))
+        mask = states.mask
+        not_pad = torch.full_like(mask, 1 if self.config.pad_token_id == 0 else 0)
+        taken_out.states = states
+        try:
+            if self.choice_axis:
+                return cast("Tensor", self.stock(input_ids=not_pad[:, None], attention_mask=mask[:, None]).logits)
+            return cast("Tensor", self.stock(input_ids=not_pad, attention_mask=mask).logits)
+        finally:
+            taken_out.states = None
+
+    def tie(self, trunk: PreTrainedModel) -> None:
+        """Make the trunk's tensors of those that the family declares as tied between head and trunk."""
+        prefix = self.stock.base_model_prefix + "."
+        for name, source in dict(self.stock._tied_weights_keys or {}).items():
+            if source.startswith(prefix):
+                owner, _, attribute = name.rpartition(".")
+                tensor = trunk.get_parameter(source.removeprefix(prefix))
+                setattr(self.stock.get_submodule(owner), attribute, tensor)
+
+    def _found_reads(self, config: PretrainedConfig) -> Reads:
+        """Which states the head depends on, found by differentiating its logits for random states."""
+        generator = torch.Generator().manual_seed(0)
+        size = hidden_size(config)
+        hidden = torch.randn(2, 5, size, generator=generator, requires_grad=True)
+        pooled = torch.randn(2, size, generator=generator, requires_grad=True)
+        self.eval()
+        self(TrunkStates(hidden, pooled, torch.ones(2, 5, dtype=torch.long))).float().square().sum().backward()
+        self.zero_grad(set_to_none=True)
+        if hidden.grad is None:
+            return "pooled"
+        used = hidden.grad.abs().sum((0, 2)) > 0  # (seq,)
+        return {(0,): "first", (4,): "last"}.get(tuple(used.nonzero().flatten().tolist()), "all")  # type: ignore[return-value]
+
+
+class PoolingHead(nn.Module):
+    """A text's embedding: the mean of its tokens' states, or the state of its first or last token. No weights."""
+
+    def __init__(self, spec: HeadSpec) -> None:
+        super().__init__()
+        self.pooling = spec.pooling or "mean"
+        self.per_token = False
+        self.reads: Reads = "all" if self.pooling == "mean" else self.pooling
+        self.config = None
+
+    def forward(self, states: TrunkStates) -> Tensor:
+        """(rows, hidden)"""
+        if self.pooling == "mean":
+            mask = states.mask[:, :, None].to(states.hidden.dtype)
+            return (states.hidden * mask).sum(1) / mask.sum(1)
+        return states.gathered(self.reads).hidden[:, 0]
+
+
+Head = StockHead | PoolingHead
+
+
+def stock_class(spec: HeadSpec, config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
+    """The stock Auto class for a head, and a config of its own for it. Raises CheckpointError if the family has none.
+
+    Multiple choice in a family without the class is one output of a sequence classifier, a row a choice.
+    """
+    config = copy.deepcopy(config)
+    architecture: str = spec.architecture
+    if architecture == "multiple_choice" and not _has(architecture, config):
+        architecture = "sequence_classification"
+    if not _has(architecture, config):
+        family, kinds = config.model_type, ", ".join(a for a in _AUTO if _has(a, config))
+        raise CheckpointError(f"{family} has no stock model for {architecture}; it has {kinds or 'none'}")
+    if architecture != "causal_lm":
+        config.id2label = dict(enumerate(spec.labels))
+        config.label2id = {label: index for index, label in enumerate(spec.labels)}
+        config.problem_type = spec.problem_type
+    if config.pad_token_id is None:
+        config.pad_token_id = 0  # causal families refuse several rows without; only real tokens reach a head
+    return getattr(transformers, _AUTO[architecture]), config
+
+
+def _has(architecture: str, config: PretrainedConfig) -> bool:
+    return type(config) in getattr(transformers, _AUTO[architecture])._model_mapping

@@ -1,0 +1,118 @@
+"""What is in a model, whether it is intact, and how it differs from another one. Knows no terminal and no HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mtserve.checkpoint import Checkpoint
+from mtserve.engine import Engine
+from mtserve.golden import GoldenReport, check_golden
+from mtserve.loading import load_checkpoint
+
+MOST_COMPARED = 200
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The checkpoint as JSON-ready facts: trunk, tasks in order, sizes."""
+    manifest = checkpoint.manifest
+    sizes = {name: entry.size for name, entry in manifest.files.items()}
+    heads = sum(size for name, size in sizes.items() if name.startswith("heads/"))
+    tasks = [
+        {
+            "name": task.name,
+            "kind": task.kind,
+            "labels": list(task.handler.label_names(task.parsed_options)),
+            "options": task.options,
+            "metrics": task.metrics,
+            "tied": task.tied,
+            "golden_rows": len(checkpoint.golden(task.name)),
+            "calibration_rows": len(checkpoint.calibration(task.name)),
+        }
+        for task in manifest.tasks
+    ]
+    return {
+        "folder": str(checkpoint.folder),
+        "format": manifest.format,
+        "written_by": manifest.written_by,
+        "trunk": manifest.trunk.model_dump(mode="json"),
+        "text": manifest.text.model_dump(mode="json"),
+        "tasks": tasks,
+        "profiles": {name: profile.model_dump() for name, profile in manifest.profiles.items()},
+        "bytes": {"all": sum(sizes.values()), "trunk": sizes[manifest.trunk.weights], "heads": heads},
+        "provenance": manifest.provenance,
+    }
+
+
+def verify(checkpoint: Checkpoint) -> list[GoldenReport]:
+    """Read every byte, load the model and encode the golden rows of every task again.
+
+    Raises CheckpointError where a hash differs; whether golden rows are reproduced is in the reports.
+    """
+    checkpoint.verify()
+    return golden_reports(checkpoint, load_checkpoint(checkpoint))
+
+
+def golden_reports(checkpoint: Checkpoint, engine: Engine) -> list[GoldenReport]:
+    """One report for each task, over its golden rows, with the tolerance of the profile in force."""
+    tolerance = checkpoint.manifest.profiles[engine.backend.profile].tolerance
+    return [
+        check_golden(engine, task.name, checkpoint.golden(task.name), tolerance=tolerance)
+        for task in checkpoint.manifest.tasks
+    ]
+
+
+def compare(one: Checkpoint, other: Checkpoint) -> dict[str, Any]:
+    """How two checkpoints differ: trunk, tasks and options, and for each common task the answers to the first one's
+    calibration rows (largest difference of a logit, share of decoded predictions that differ beyond it)."""
+    left = {task.name: task for task in one.manifest.tasks}
+    right = {task.name: task for task in other.manifest.tasks}
+    common = [name for name in left if name in right and left[name].kind == right[name].kind]
+    engines = load_checkpoint(one), load_checkpoint(other)
+    return {
+        "same_trunk": one.manifest.trunk.fingerprint == other.manifest.trunk.fingerprint,
+        "only_here": [name for name in left if name not in right],
+        "only_there": [name for name in right if name not in left],
+        "other_kind": [name for name in left if name in right and name not in common],
+        "tasks": {
+            name: {
+                "same_options": left[name].options == right[name].options,
+                **_answers_differ(engines, name, one.calibration(name)[:MOST_COMPARED]),
+            }
+            for name in common
+        },
+    }
+
+
+def _answers_differ(engines: tuple[Engine, Engine], task: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Both engines' answers to the same inputs. Outputs of another shape count as different, without a distance."""
+    kind = engines[0].task(task).kind
+    fields = kind.example.model_fields
+    examples = [kind.parse({name: record[name] for name in fields if name in record}) for record in records]
+    works = [[engine.prepare(task, example) for example in examples] for engine in engines]
+    predictions = [engine.run(batch) for engine, batch in zip(engines, works, strict=True)]
+    changed = sum(_decisions(a) != _decisions(b) for a, b in zip(*predictions, strict=True))
+    worst = 0.0
+    for a, b in zip(*works, strict=True):
+        for x, y in zip(a.logits, b.logits, strict=False):
+            worst = max(worst, float(np.abs(x - y).max(initial=0)) if x.shape == y.shape else float("inf"))
+    return {"rows": len(records), "flips": changed, "largest_logit_difference": worst}
+
+
+def _decisions(prediction: Any) -> list[Any]:
+    """What a prediction decides: its labels, indexes, limits and texts; of a score alone two decimals."""
+    return list(_leaves(prediction, "score" if isinstance(prediction, list) else None))
+
+
+def _leaves(value: Any, skip: str | None) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name != skip:
+                yield from _leaves(inner, skip)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner, skip)
+    else:
+        yield round(value, 2) if isinstance(value, float) else value

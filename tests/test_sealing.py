@@ -1,0 +1,237 @@
+"""The checkpoint format: what is written, that it is whole at every moment, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModel
+
+from mtserve import sealing
+from mtserve.checkpoint import Checkpoint
+from mtserve.errors import CheckpointError
+from mtserve.golden import golden_rows
+from mtserve.sealing import seal
+from mtserve.weights import load_model, task_part, trunk_part
+from tests.tiny import TOKENIZER_JSON, Tiny, tiny
+
+
+def write(folder: Path, small: Tiny, *, golden: bool = True, tasks: set[str] | None = None) -> Checkpoint:
+    parts = []
+    for task in small.tasks:
+        if tasks is None or task.name in tasks:
+            sample = task.kind.sample(task.options)
+            rows = golden_rows(small.engine, task.name, [sample]) if golden else []
+            truth = [sample.model_dump(mode="json", exclude_none=True)]
+            parts.append(
+                task_part(
+                    small.model, task.name, kind=task.kind.name, options=task.options, golden=rows, calibration=truth
+                )
+            )
+    return seal(
+        folder,
+        trunk_part(small.model, source="random"),
+        tasks=parts,
+        tokenizer_json=TOKENIZER_JSON,
+        text=small.spec,
+        provenance={"note": "test"},
+        card="# test\n",
+        written_by="tests",
+    )
+
+
+def edit(folder: Path, change: Any) -> None:
+    path = folder / "mtserve.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sealed") / "bert"
+    write(folder, tiny("bert"))
+    return folder
+
+
+@pytest.fixture
+def folder(sealed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sealed, tmp_path / "bert"))
+
+
+def test_a_sealed_checkpoint_verifies(folder: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    checkpoint.verify()
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert present - {*checkpoint.manifest.files} == {"mtserve.json", "README.md", sealing.INDEX}
+
+
+def test_plain_transformers_loads_the_trunk(folder: Path) -> None:
+    trunk = AutoModel.from_pretrained(folder / "trunk")
+    ours = load_model(Checkpoint.open(folder)).trunk.state_dict()
+    theirs = trunk.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(folder: Path) -> None:
+    endings = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert endings == {".json", ".jsonl", ".safetensors", ".md"}
+
+
+def test_another_version_replaces_the_first_and_leaves_nothing(folder: Path) -> None:
+    before = Checkpoint.open(folder)
+    after = write(folder, tiny("bert", only=("topic", "names")))
+    assert [task.name for task in after.manifest.tasks] == ["topic", "names"]
+    assert not (folder / "heads" / "tags").exists()
+    assert after.manifest.trunk.fingerprint == before.manifest.trunk.fingerprint
+    after.verify()
+
+
+class Stopped(Exception):
+    """Stands for a crash."""
+
+
+def test_a_crash_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop the writer before each of its renames and removals in turn, and open what is there."""
+    steps = 0
+    limit = 0
+
+    def counted(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps > limit:
+                raise Stopped
+            return real(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(sealing.os, "replace", counted(os.replace))
+    monkeypatch.setattr(Path, "replace", counted(Path.replace))
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+    old_tasks = {task.name for task in Checkpoint.open(folder).manifest.tasks}
+    new = tiny("bert", only=("topic",))
+    for parameter in new.model.trunk.parameters():
+        parameter.data += 0.5
+    outcomes = []
+    for limit in range(200):
+        trial = Path(shutil.copytree(folder, tmp_path / f"trial{limit}"))
+        steps = 0
+        try:
+            write(trial, new)
+            done = True
+        except Stopped:
+            done = False
+        found = Checkpoint.open(trial)
+        found.verify()
+        load_model(found)
+        AutoModel.from_pretrained(trial / "trunk")
+        names = {task.name for task in found.manifest.tasks}
+        assert names in (old_tasks, {"topic"})
+        outcomes.append(names == {"topic"})
+        if done:
+            break
+    assert outcomes[0] is False
+    assert outcomes[-1] is True
+    assert outcomes == sorted(outcomes)
+    assert len(outcomes) > 10
+
+
+def test_another_trunk_config_does_not_go_into_the_same_folder(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"trunk/config.json would change"):
+        write(folder, tiny("roberta"))
+    Checkpoint.open(folder).verify()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(CheckpointError, match="holds something else"):
+        write(tmp_path, tiny("bert", only=("topic",)))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_the_fingerprint_changes_with_one_weight_and_with_the_tokenizer(tmp_path: Path) -> None:
+    first = write(tmp_path / "a", tiny("bert", only=("topic",))).manifest.trunk.fingerprint
+    again = write(tmp_path / "b", tiny("bert", only=("topic",))).manifest.trunk.fingerprint
+    assert first == again
+    changed = tiny("bert", only=("topic",))
+    next(changed.model.trunk.parameters()).data[0, 0] += 1
+    assert write(tmp_path / "c", changed).manifest.trunk.fingerprint != first
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw.update(format=2), "has format 2; this version reads format 1"),
+        (lambda raw: raw.update(extra=1), "extra: Extra inputs are not permitted"),
+        (lambda raw: raw["tasks"][0].update(kind="poetry"), "'poetry' is no kind of task; allowed: classification"),
+        (lambda raw: raw["tasks"][0].update(name="../up"), "'../up' is no task name"),
+        (lambda raw: raw["tasks"][0].update(trunk="0" * 64), "was trained on trunk 000000000000"),
+        (lambda raw: raw["tasks"][1].update(name=raw["tasks"][0]["name"]), "task names must be distinct"),
+        (lambda raw: raw["tasks"][0]["options"].update(labels=["a", "a"]), "labels must be distinct; found a, a"),
+        (lambda raw: raw["files"].update({"../x": {"size": 1, "sha256": "0" * 64}}), "is not a plain path inside"),
+        (lambda raw: raw["files"].pop("tokenizer.json"), "'tokenizer.json' is used but not listed"),
+        (lambda raw: raw["text"].update(preparation=["stem"]), "'stem' is unknown to this version"),
+    ],
+)
+def test_bad_manifests_are_refused_with_a_sentence(folder: Path, change: Any, message: str) -> None:
+    edit(folder, change)
+    with pytest.raises(CheckpointError, match=message.replace("(", r"\(").replace(".", r"\.")):
+        Checkpoint.open(folder).text()
+
+
+def test_missing_and_damaged_files_are_refused(folder: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    weights = folder / checkpoint.manifest.trunk.weights
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    Checkpoint.open(folder)  # sizes and headers are right …
+    with pytest.raises(CheckpointError, match="has sha256"):
+        checkpoint.verify()  # … the bytes are not
+    weights.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match="the manifest says"):
+        Checkpoint.open(folder)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        Checkpoint.open(folder)
+    (folder / "mtserve.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        Checkpoint.open(folder)
+    (folder / "mtserve.json").unlink()
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\xff" * 8,
+        (10).to_bytes(8, "little") + b"not json!!",
+        (2).to_bytes(8, "little") + b"{}"[:1],
+        (62).to_bytes(8, "little") + b'{"w":{"dtype":"F32","shape":[9999999],"data_offsets":[0,4]}}  ' + b"\0" * 4,
+        (62).to_bytes(8, "little") + b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,99999]}}    ' + b"\0" * 4,
+    ],
+)
+def test_lying_safetensors_headers_are_refused(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(header)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+        sealing.read_header(path)
+
+
+def test_head_tensors_must_fit(folder: Path) -> None:
+    def swap(raw: Any) -> None:
+        by_name = {task["name"]: task for task in raw["tasks"]}
+        by_name["topic"]["weights"] = by_name["tags"]["weights"]
+
+    edit(folder, swap)
+    with pytest.raises(CheckpointError, match=r"'topic': tensor classifier\.(bias|weight) has a wrong shape"):
+        load_model(Checkpoint.open(folder))

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from mtserve.errors import InputError, MissingExtraError, MtserveError
 
@@ -166,30 +164,28 @@ def _quietly(function: Any, *arguments: Any) -> Any:
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
-    console = Console()
-    trunk, sizes = facts["trunk"], facts["bytes"]
-    console.print(f"{facts['folder']}  (format {facts['format']}, written by {facts['written_by']})", highlight=False)
-    longest = "no limit" if trunk["max_length"] is None else f"{trunk['max_length']} tokens"
-    console.print(
-        f"trunk   {trunk['family']}, {trunk['parameters'] / 1e6:.1f}M parameters, {longest}, "
-        f"from {trunk['source']}, fingerprint {trunk['fingerprint'][:12]}",
-        highlight=False,
-        soft_wrap=True,
+    trunk, mib = facts["trunk"], {name: size / 2**20 for name, size in facts["bytes"].items()}
+    longest = "rows of any length" if trunk["max_length"] is None else f"rows up to {trunk['max_length']} tokens"
+    typer.echo(f"{facts['folder']}: format {facts['format']}, written by {facts['written_by']}")
+    typer.echo(
+        f"trunk: {trunk['family']} from {trunk['source']}, {trunk['parameters'] / 1e6:.1f}M parameters, {longest}"
     )
-    mib = {name: size / 2**20 for name, size in sizes.items()}
-    console.print(f"on disk {mib['all']:.1f} MiB: trunk {mib['trunk']:.1f}, heads {mib['heads']:.2f}", highlight=False)
-    table = Table("task", "kind", "labels", "max_length", "metrics", "golden", "calibration")
+    typer.echo(f"fingerprint: {trunk['fingerprint']}")
+    typer.echo(f"on disk: {mib['all']:.1f} MiB, of which trunk {mib['trunk']:.1f} and heads {mib['heads']:.2f}")
     for task in facts["tasks"]:
-        metrics = ", ".join(f"{name} {value:.3f}" for name, value in task["metrics"].items())
-        rows = str(task["golden_rows"]), str(task["calibration_rows"])
-        length = str(task["options"]["max_length"])
-        table.add_row(task["name"], task["kind"], ", ".join(task["labels"]), length, metrics, *rows)
-    console.print(table)
-    for name, report in facts.get("golden", {}).items():
-        verdict = "reproduced" if report["ok"] else "NOT reproduced"
-        console.print(f"{name}: {report['rows']} golden rows {verdict}, largest difference {report['difference']:.2g}")
+        labels = f" of {', '.join(task['labels'])}" if task["labels"] else ""
+        typer.echo(f"\n{task['name']}: {task['kind']}{labels}")
+        options = {name: value for name, value in task["options"].items() if name != "labels"}
+        typer.echo("  options: " + ", ".join(f"{name} {value}" for name, value in options.items()))
+        if task["metrics"]:
+            typer.echo("  metrics: " + ", ".join(f"{name} {value:.3f}" for name, value in task["metrics"].items()))
+        typer.echo(f"  rows: {task['golden_rows']} golden, {task['calibration_rows']} calibration")
+        report = facts.get("golden", {}).get(task["name"])
+        if report:
+            verdict = "reproduced" if report["ok"] else "NOT reproduced"
+            typer.echo(f"  golden rows {verdict}, largest difference {report['difference']:.2g}")
     if "against" in facts:
-        console.print_json(data=facts["against"])
+        typer.echo("\nagainst the other model: " + json.dumps(facts["against"], ensure_ascii=False, indent=1))
 
 
 def main() -> None:

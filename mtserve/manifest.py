@@ -153,7 +153,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(raw)
         for task in manifest.tasks:
-            _ = task.parsed_options
+            _check_against_trunk(task, manifest.trunk)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
@@ -161,3 +161,13 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path}: {where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
         ) from error
     return manifest
+
+
+def _check_against_trunk(task: TaskEntry, trunk: TrunkEntry) -> None:
+    """Raise CheckpointError if the trunk cannot do what the task's options ask of it."""
+    options = task.parsed_options
+    if trunk.max_length is not None and options.max_length > trunk.max_length:
+        found = f"max_length {options.max_length} is over the {trunk.max_length} positions of its trunk"
+        raise CheckpointError(f"task {task.name!r}: {found}")
+    if task.handler.causal and not trunk.causal:
+        raise CheckpointError(f"task {task.name!r}: {task.kind} needs a causal trunk; {trunk.family} is none")

@@ -178,6 +178,11 @@ def test_the_fingerprint_changes_with_one_weight_and_with_the_tokenizer(tmp_path
         (lambda raw: raw["tasks"][0]["options"].update(labels=["a", "a"]), "labels must be distinct; found a, a"),
         (lambda raw: raw["files"].update({"../x": {"size": 1, "sha256": "0" * 64}}), "is not a plain path inside"),
         (lambda raw: raw["files"].pop("tokenizer.json"), "'tokenizer.json' is used but not listed"),
+        (
+            lambda raw: raw["trunk"].update(max_length=40),
+            "max_length 48 is over the 40 positions of its trunk",
+        ),
+        (lambda raw: raw["tasks"][0].update(kind="generation", options={"max_length": 80}), "needs a causal trunk"),
         (lambda raw: raw["text"].update(preparation=["stem"]), "'stem' is unknown to this version"),
     ],
 )

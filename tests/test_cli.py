@@ -1,0 +1,117 @@
+"""The command line as a user has it: streams, exit codes, help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_sealing import write
+from tests.tiny import tiny
+
+COMMANDS = ["train", "serve", "predict", "inspect", "demo"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "bert"
+    write(folder, tiny("bert"))
+    return folder
+
+
+def run(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "mtserve", *map(str, arguments)]
+    return subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_every_command_has_help_with_an_example_first() -> None:
+    listed = run("--help").stdout
+    for command in COMMANDS:
+        assert command in listed
+        shown = run(command, "--help")
+        assert shown.returncode == 0
+        assert shown.stdout.splitlines()[2].strip().startswith(f"mtserve {command}")
+
+
+def test_predict_prints_one_json_line_an_input(model: Path) -> None:
+    done = run("predict", model, "good", "bad", "--task", "topic", "--task", "names", "--task", "tags")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 2
+    assert list(lines[0]) == ["topic", "names", "tags"]
+    assert {label["label"] for label in lines[0]["topic"]} == {"good", "bad", "fine"}
+    assert done.stderr == ""
+
+
+def test_predict_takes_objects_parameters_and_lines(model: Path) -> None:
+    pair = json.dumps({"text": "one", "text_pair": "two"})
+    done = run("predict", model, "-", "--task", "topic", "--parameters", '{"top_k": 1}', stdin=f"good\n{pair}\n\n")
+    assert done.returncode == 0, done.stderr
+    assert [len(json.loads(line)["topic"]) for line in done.stdout.splitlines()] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x", "--task", "nope"], "unknown task 'nope'; this model has choice, cosine, names, score, tags, topic"),
+        (["x", "--task", "score"], "input 0: an input of similarity is an object with text, text_pair; found a string"),
+        (["x", "--task", "topic", "--parameters", '{"beam": 1}'], "parameters.beam: not allowed here"),
+        (["x", "--task", "topic", "--parameters", "3"], "'3' is not a JSON object"),
+        (["{x", "--task", "topic"], "is not JSON"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(model: Path, arguments: list[str], message: str) -> None:
+    done = run("predict", model, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_missing_model_is_one_sentence(tmp_path: Path) -> None:
+    for command in (["predict", tmp_path / "no", "x"], ["inspect", tmp_path / "no"], ["serve", tmp_path / "no"]):
+        done = run(*command)
+        assert done.returncode == 2
+        assert "does not exist; a model is a folder or a hub id" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_predict_asks_for_a_task_where_there_are_several(model: Path) -> None:
+    done = run("predict", model, "x")
+    assert done.returncode == 2
+    assert "choose --task from" in done.stderr
+
+
+def test_inspect(model: Path) -> None:
+    shown = run("inspect", model)
+    assert shown.returncode == 0, shown.stderr
+    for expected in ("bert", "topic", "multiple_choice", "fingerprint"):
+        assert expected in shown.stdout
+    facts = json.loads(run("inspect", model, "--json", "--verify", "--against", model).stdout)
+    assert [task["name"] for task in facts["tasks"]] == ["topic", "tags", "score", "cosine", "choice", "names"]
+    assert facts["golden"]["topic"] == {"rows": 1, "difference": 0.0, "ok": True}
+    assert facts["against"]["same_trunk"] is True
+    assert facts["against"]["tasks"]["names"]["flips"] == 0
+
+
+def test_inspect_verify_finds_a_changed_byte(model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    weights = next((copy / "trunk").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert run("inspect", copy).returncode == 0
+    done = run("inspect", copy, "--verify")
+    assert done.returncode == 2
+    assert "has sha256" in done.stderr
+
+
+def test_train_passes_on_what_the_child_says(tmp_path: Path) -> None:
+    done = run("train", tmp_path / "no.yaml")
+    assert done.returncode == 2
+    assert "no.yaml" in done.stderr

@@ -49,7 +49,8 @@ class FakeEngine:
         assert len(set(works)) == len(works)
         assert threading.current_thread().name == "mtserve-engine"
         self.batches.append(list(works))
-        finished, unfinished = [], []
+        finished: list[Work] = []
+        unfinished: list[Work] = []
         for work in works:  # advanced one by one, so that a poison work leaves the step half done
             job = work.example
             assert isinstance(job, Job)

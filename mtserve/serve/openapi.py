@@ -1,0 +1,130 @@
+"""A task table as an OpenAPI 3.1 document: each task has its own path with its labels, schemas and example. Pure."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import mtserve
+from mtserve import errors
+from mtserve.errors import MtserveError
+from mtserve.serve.schemas import Schema, add_task, error_body, reference
+from mtserve.serve.table import ServedTask, TaskTable
+
+HEADERS = {
+    "X-Inputs": ("integer", "Inputs that were asked about."),
+    "X-Tokens": ("integer", "Tokens of all rows that were asked for."),
+    "X-Truncated": ("integer", "Inputs of which some text was cut."),
+    "X-Trunk-Passes": ("integer", "Trunk passes in which the request took part."),
+    "X-Prepare-Time-Ms": ("number", "Time for tokenising."),
+    "X-Queue-Time-Ms": ("number", "Time until the engine was free."),
+    "X-Run-Time-Ms": ("number", "Time for running and decoding."),
+    "X-Total-Time-Ms": ("number", "Time from the checked body to the answer."),
+}
+
+
+def document(table: TaskTable) -> Schema:
+    """The OpenAPI document of a table."""
+    schemas: dict[str, Schema] = {"Error": error_body()}
+    paths: Schema = {}
+    for served in table.tasks.values():
+        add_task(schemas, served.task)
+        paths[served.url] = {"post": _task_operation(served)}
+    schemas["Predict"], schemas["Predictions"] = _predict_request(table), _predict_answer(table)
+    paths["/predict"] = {"post": _predict_operation(table)}
+    paths["/tasks"] = {"get": _get("Names, kinds, labels, options and metrics of all tasks", "listing")}
+    paths["/livez"] = {"get": _get("Whether the process lives", "live")}
+    paths["/readyz"] = {"get": _get("Whether all tasks reproduce their golden rows", "ready")}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "mtserve", "version": mtserve.__version__, "summary": "One encoder, every task."},
+        "paths": paths,
+        "components": {"schemas": schemas, "responses": dict(_error_responses())},
+    }
+
+
+def _task_operation(served: ServedTask) -> Schema:
+    kind = served.task.kind
+    labels = ", ".join(kind.label_names(served.task.options))
+    return {
+        "operationId": f"task_{served.name}",
+        "tags": [kind.name],
+        "summary": f"{kind.name}: {served.name}",
+        "description": f"Labels: {labels}." if labels else (inspect.getdoc(inspect.getmodule(kind)) or ""),
+        "requestBody": _json_body(f"{served.name}.Request", served.example()),
+        "responses": _responses(f"{served.name}.Answer"),
+    }
+
+
+def _predict_operation(table: TaskTable) -> Schema:
+    first = next(iter(table.tasks.values()))
+    same = [task.name for task in table.tasks.values() if task.example() == first.example()]
+    example = {"inputs": [first.example()["inputs"]], "tasks": same[:3]}
+    return {
+        "operationId": "predict",
+        "tags": ["all tasks"],
+        "summary": "The same inputs for several tasks, encoded once",
+        "requestBody": _json_body("Predict", example),
+        "responses": _responses("Predictions"),
+    }
+
+
+def _predict_request(table: TaskTable) -> Schema:
+    one: list[Schema] = [{"type": "string"}, {"type": "object"}]
+    parameters = {name: reference(f"{name}.Parameters") for name in table.tasks}
+    names = {"type": "string", "enum": list(table.tasks)}
+    return {
+        "type": "object",
+        "properties": {
+            "inputs": {"anyOf": [*one, {"type": "array", "items": {"anyOf": one}}]},
+            "tasks": {"type": "array", "items": names, "minItems": 1, "uniqueItems": True},
+            "parameters": {"type": "object", "properties": parameters, "additionalProperties": False},
+        },
+        "required": ["inputs", "tasks"],
+        "additionalProperties": False,
+    }
+
+
+def _predict_answer(table: TaskTable) -> Schema:
+    outputs = {name: {"type": "array", "items": reference(f"{name}.Prediction")} for name in table.tasks}
+    usage = {
+        header.removeprefix("X-").replace("-", "_").lower(): {"type": kind, "minimum": 0, "description": text}
+        for header, (kind, text) in HEADERS.items()
+    }
+    return {
+        "type": "object",
+        "properties": {
+            "outputs": {"type": "object", "properties": outputs},
+            "usage": {"type": "object", "properties": usage, "required": list(usage)},
+        },
+        "required": ["outputs", "usage"],
+    }
+
+
+def _json_body(component: str, example: Schema) -> Schema:
+    content = {"schema": reference(component), "example": example}
+    return {"required": True, "content": {"application/json": content}}
+
+
+def _responses(component: str) -> Schema:
+    headers = {name: {"description": text, "schema": {"type": kind}} for name, (kind, text) in HEADERS.items()}
+    answered = {
+        "description": "The answer",
+        "headers": headers,
+        "content": {"application/json": {"schema": reference(component)}},
+    }
+    return {"200": answered, **{s: {"$ref": f"#/components/responses/{s}"} for s, _ in _error_responses()}}
+
+
+def _get(summary: str, operation: str) -> Schema:
+    responses = {"200": {"description": "Yes, or the listing"}, "503": {"$ref": "#/components/responses/503"}}
+    return {"operationId": operation, "tags": ["server"], "summary": summary, "responses": responses}
+
+
+def _error_responses() -> Iterator[tuple[str, Schema]]:
+    """(status, response) of every status that the error classes have, in order."""
+    classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, MtserveError)]
+    for status in sorted({c.status for c in classes}):
+        codes = sorted({c.code for c in classes if c.status == status and not issubclass(c, errors.SetupError)})
+        content = {"application/json": {"schema": reference("Error")}}
+        yield str(status), {"description": f"Error: {', '.join(codes)}", "content": content}

@@ -1,0 +1,99 @@
+"""The BentoML service: process, health, metrics and two native APIs around the routes. All else knows no BentoML.
+
+`bentoml serve mtserve.serve.service:service` with MTSERVE_MODEL set, or `bentoml serve` beside `bentofile.yaml`.
+Importing loads nothing: the parent process, which only watches its worker, and `bentoml build` import this module too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import bentoml
+from bentoml._internal import server as bentoml_server
+from starlette.exceptions import HTTPException
+
+from mtserve.errors import CapacityError, ConfigError, MtserveError, SetupError
+from mtserve.serve import replies
+from mtserve.serve.answering import answer_tasks
+from mtserve.serve.app import PREDICT_FIELDS, make_app
+from mtserve.serve.body import check_object
+from mtserve.serve.loading import load_table, open_checkpoints
+from mtserve.serve.supervision import give_up, refuse, supervise
+from mtserve.serve.table import Root
+from mtserve.settings import Settings, read_settings
+
+MARGIN_S = 30.0
+"""By how much BentoML's own timeout is longer than ours, so that ours answers first."""
+
+
+def _timeout_s() -> float:
+    """BentoML's timeout. A wrong setting is reported when the server starts, not here."""
+    try:
+        return read_settings().timeout_s + MARGIN_S
+    except ConfigError:
+        return float(Settings.model_fields["timeout_s"].default) + MARGIN_S
+
+
+def make_service() -> Any:
+    """A BentoML service with a root of its own; its weights are loaded when a worker makes the instance."""
+    root = Root()
+
+    class Mtserve:
+        """One encoder, every task. Routes, schemas and examples are at /docs."""
+
+        def __init__(self) -> None:
+            try:
+                root.swap(load_table(read_settings()))
+            except SetupError as error:
+                give_up(error)
+                raise
+
+        @bentoml.on_deployment  # type: ignore[untyped-decorator]
+        @staticmethod
+        def check() -> None:
+            """Before any worker starts: end with one sentence if it could not serve."""
+            try:
+                open_checkpoints(read_settings().model)
+            except SetupError as error:
+                refuse(error)
+            supervise()
+
+        @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+        async def close(self) -> None:
+            table = root.swap(None)
+            if table is not None:
+                await asyncio.to_thread(table.close)
+
+        async def __is_ready__(self) -> bool:
+            try:
+                root.ready_table()
+            except CapacityError as error:
+                raise HTTPException(status_code=error.status, detail=str(error)) from error
+            return True
+
+        @bentoml.api(route="/native/predict")  # type: ignore[untyped-decorator]
+        async def predict(self, inputs: Any, tasks: Any, parameters: Any = None) -> Any:
+            """As POST /predict, for BentoML's clients."""
+            given = {"inputs": inputs, "tasks": tasks, "parameters": {} if parameters is None else parameters}
+            try:
+                table = root.ready_table()
+                check_object(given, table.settings, fields=PREDICT_FIELDS)
+                outputs, usage = await answer_tasks(table, inputs=inputs, tasks=tasks, parameters=given["parameters"])
+            except MtserveError as error:
+                return replies.failure(error)
+            return {"outputs": outputs, "usage": usage.as_dict()}
+
+        @bentoml.api(route="/native/tasks")  # type: ignore[untyped-decorator]
+        async def tasks(self) -> dict[str, Any]:
+            """As GET /tasks, for BentoML's clients."""
+            return root.table().listing()
+
+    made = bentoml.service(name="mtserve", workers=1, traffic={"timeout": _timeout_s()})(Mtserve)
+    assets = Path(bentoml_server.__file__).parent / "static_content"
+    made.mount_asgi_app(make_app(root, assets=assets), path="/")
+    return made
+
+
+service = make_service()

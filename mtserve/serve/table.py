@@ -1,0 +1,155 @@
+"""The task table: all that a server answers for, immutable and swapped whole. Knows no HTTP and no files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from mtserve.engine import Engine, Task
+from mtserve.errors import CapacityError, SetupError, UnknownTaskError
+from mtserve.golden import GoldenReport
+from mtserve.manifest import TaskEntry, TrunkEntry
+from mtserve.scheduler import Scheduler
+from mtserve.settings import Settings
+
+
+@dataclass(frozen=True, eq=False)
+class ServedTrunk:
+    """A trunk with its engine and its queue."""
+
+    entry: TrunkEntry
+    engine: Engine
+    scheduler: Scheduler
+
+
+@dataclass(frozen=True, eq=False)
+class ServedTask:
+    """A task on its trunk; `golden` is None without golden rows, `problem` says why the task may not answer."""
+
+    task: Task
+    entry: TaskEntry
+    trunk: ServedTrunk
+    golden: GoldenReport | None = None
+    problem: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    @property
+    def url(self) -> str:
+        return f"/tasks/{self.name}"
+
+    def example(self) -> dict[str, Any]:
+        """The body of a small request to the task."""
+        kind = self.task.kind
+        sample = kind.sample(self.task.options).model_dump(mode="json", exclude_none=True)
+        return {"inputs": sample["text"] if kind.takes_text and set(sample) == {"text"} else sample}
+
+    def listing(self) -> dict[str, Any]:
+        """What `GET /tasks` says of the task."""
+        trunk, options = self.trunk.entry, self.task.options
+        return {
+            "name": self.name,
+            "kind": self.task.kind.name,
+            "labels": list(self.task.kind.label_names(options)),
+            "options": options.model_dump(mode="json"),
+            "trunk": {
+                "fingerprint": trunk.fingerprint,
+                "family": trunk.family,
+                "source": trunk.source,
+                "parameters": trunk.parameters,
+            },
+            "profile": self.trunk.engine.backend.profile,
+            "metrics": dict(self.task.metrics),
+            "golden": self._golden_facts(),
+            "url": self.url,
+            "example": self.example(),
+        }
+
+    def _golden_facts(self) -> dict[str, Any]:
+        if self.problem is not None:
+            return {"checked": True, "reproduced": False, "reason": self.problem}
+        if self.golden is None:
+            return {"checked": False, "reason": "the checkpoint has no golden rows for this task"}
+        facts = {"rows": self.golden.rows, "difference": self.golden.difference, "tolerance": self.golden.tolerance}
+        return {"checked": True, "reproduced": True, **facts}
+
+
+@dataclass(frozen=True, eq=False)
+class TaskTable:
+    """Task names to served tasks, in the order of the checkpoints, with the limits in force."""
+
+    tasks: Mapping[str, ServedTask]
+    settings: Settings
+
+    @classmethod
+    def of(cls, tasks: Iterable[ServedTask], settings: Settings) -> TaskTable:
+        """Raises SetupError if two tasks have one name."""
+        named: dict[str, ServedTask] = {}
+        for task in tasks:
+            if task.name in named:
+                raise clash(task.name, named[task.name].trunk.entry.source, task.trunk.entry.source)
+            named[task.name] = task
+        return cls(MappingProxyType(named), settings)
+
+    def task(self, name: str) -> ServedTask:
+        """Raises UnknownTaskError."""
+        if name not in self.tasks:
+            raise UnknownTaskError(name, self.tasks)
+        return self.tasks[name]
+
+    @property
+    def trunks(self) -> list[ServedTrunk]:
+        return list(dict.fromkeys(task.trunk for task in self.tasks.values()))
+
+    @property
+    def problem(self) -> str | None:
+        """Why the server is not ready; None when it is."""
+        return "; ".join(task.problem for task in self.tasks.values() if task.problem is not None) or None
+
+    def listing(self) -> dict[str, Any]:
+        """The answer of `GET /tasks`."""
+        reason = {} if self.problem is None else {"reason": self.problem}
+        return {
+            "ready": self.problem is None,
+            **reason,
+            "tasks": [task.listing() for task in self.tasks.values()],
+        }
+
+    def close(self) -> None:
+        """Drain and end every trunk's scheduler."""
+        for trunk in self.trunks:
+            trunk.scheduler.close()
+
+
+class Root:
+    """Where requests find the table that is in force."""
+
+    def __init__(self, table: TaskTable | None = None) -> None:
+        self._table = table
+
+    def swap(self, table: TaskTable | None) -> TaskTable | None:
+        """Put another table in force (None: nothing is served); returns the one that was, which the caller closes."""
+        before, self._table = self._table, table
+        return before
+
+    def table(self) -> TaskTable:
+        """The table, ready or not. Raises CapacityError if nothing is loaded."""
+        if self._table is None:
+            raise CapacityError("the model is not loaded")
+        return self._table
+
+    def ready_table(self) -> TaskTable:
+        """The table, if its tasks may answer. Raises CapacityError with the reason if not."""
+        table = self.table()
+        if table.problem is not None:
+            raise CapacityError(f"not ready: {table.problem}")
+        return table
+
+
+def clash(name: str, first: str, second: str) -> SetupError:
+    """Two checkpoints with one task name."""
+    return SetupError(f"task {name!r} is in {first} and in {second}; names must be distinct within a server")

@@ -1,0 +1,180 @@
+"""The BentoML service: in process, and as a real server with the clients that people use."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from mtserve.errors import ConfigError, SetupError
+from mtserve.serve.launch import SERVICE, command
+
+ROOT = Path(__file__).parent.parent.parent
+TEXT = "ana silva moved from porto to oslo"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def server(checkpoints: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server in a process of its own."""
+    port = free_port()
+    argv, env = command(checkpoints, port=port)
+    url = f"http://127.0.0.1:{port}"
+    home = tmp_path_factory.mktemp("server")
+    env |= {"BENTOML_HOME": str(home / "bentoml"), "PYTHONPATH": str(ROOT)}
+    with (home / "log").open("wb") as log:
+        process = subprocess.Popen(argv, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            wait_until_ready(url, process, home / "log")
+            yield url
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                assert process.wait(20) == 0
+            finally:
+                process.kill()
+    assert "Traceback" not in (home / "log").read_text()
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            if httpx.get(url + "/readyz").status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.2)
+    raise AssertionError(f"the server did not become ready:\n{log.read_text()}")
+
+
+def test_huggingface_clients_parse_the_answers(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import InferenceClient, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # offline, it refuses the loopback too
+
+    def client(task: str) -> InferenceClient:
+        return InferenceClient(model=f"{server}/tasks/{task}")
+
+    labels = client("topic").text_classification(TEXT)
+    assert {label.label for label in labels} == {"good", "bad", "fine"}
+    assert len(client("topic").text_classification(TEXT, top_k=2)) == 2
+    for strategy in (None, "simple", "first", "average", "max"):
+        spans = client("names").token_classification(TEXT, aggregation_strategy=strategy)
+        assert spans
+        for span in spans:
+            assert TEXT[span.start : span.end] == span.word
+    scores = client("cosine").sentence_similarity(TEXT, other_sentences=["good", TEXT])
+    assert scores[1] == pytest.approx(1, abs=1e-5)
+    assert client("forth").translation(TEXT).translation_text is not None
+    with pytest.raises(HfHubHTTPError, match="unknown task 'nothing'"):
+        client("nothing").text_classification(TEXT)
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # BentoML's imports
+@pytest.mark.filterwarnings("ignore:The `__get_pydantic_core_schema__` method:DeprecationWarning")
+def test_bentoml_clients_call_the_native_apis(server: str) -> None:
+    import bentoml
+    from bentoml.exceptions import BentoMLException
+
+    with bentoml.SyncHTTPClient(server) as client:
+        assert "topic" in [task["name"] for task in client.call("tasks")["tasks"]]
+        answer = client.call("predict", inputs=[TEXT], tasks=["topic", "names"])
+        routed = httpx.post(server + "/predict", json={"inputs": [TEXT], "tasks": ["topic", "names"]}).json()
+        assert answer["outputs"] == routed["outputs"]
+        assert answer["usage"]["trunk_passes"] == 1
+        with pytest.raises(BentoMLException, match="invalid_input"):
+            client.call("predict", inputs=[3], tasks=["topic"])
+    client._temp_dir.cleanup()  # it leaves that to the garbage collector, with a warning
+
+
+def test_the_server_has_our_pages_and_errors(server: str) -> None:
+    assert httpx.get(server + "/").headers["location"] == "docs"
+    assert len(httpx.get(server + "/docs/assets/swagger-ui-bundle.js").content) > 500_000
+    assert "/tasks/topic" in httpx.get(server + "/openapi.json").json()["paths"]
+    assert httpx.get(server + "/livez").status_code == 200
+    assert httpx.get(server + "/metrics").status_code == 200
+    assert httpx.get(server + "/nothing").json()["error"]["code"] == "not_found"
+    assert httpx.get(server + "/static_content/index.css").status_code == 404
+
+
+def test_command_checks_before_it_starts(checkpoints: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    argv, env = command([checkpoints[0]], host="localhost", port=free_port())
+    assert argv[:5] == [sys.executable, "-m", "bentoml", "serve", SERVICE]
+    assert env["BENTOML_DO_NOT_TRACK"] == "True"
+    assert checkpoints[0] in env["MTSERVE_MODEL"]
+    monkeypatch.setenv("MTSERVE_MODEL", checkpoints[1])
+    assert checkpoints[1] in command([], port=free_port())[1]["MTSERVE_MODEL"]
+    with pytest.raises(ConfigError, match="IP address"):
+        command([checkpoints[0]], host="example.org")
+    with pytest.raises(SetupError, match="task 'topic'"):
+        command([checkpoints[0], checkpoints[0]])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(SetupError, match="cannot listen"):
+            command([checkpoints[0]], port=taken.getsockname()[1])
+
+
+def bare(model: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """`bentoml serve` without our command, beside bentofile.yaml."""
+    env = {**os.environ, "MTSERVE_MODEL": model, "BENTOML_DO_NOT_TRACK": "True", "PYTHONPATH": str(ROOT), **more}
+    argv = [sys.executable, "-m", "bentoml", "serve", "--host", "127.0.0.1", "--port", str(free_port())]
+    return subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_bare_bentoml_ends_with_one_sentence(tmp_path: Path) -> None:
+    ended = bare(str(tmp_path / "nothing"))
+    assert ended.returncode == 2
+    assert ended.stderr.strip().splitlines() == [
+        f"mtserve: {tmp_path / 'nothing'} does not exist; "
+        "a model is a folder or a hub id (owner/name or owner/name@revision)"
+    ]
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(checkpoints: tuple[str, str], tmp_path: Path) -> None:
+    """Found by the worker only, since weights are read there: no restart loop."""
+    import json
+    import shutil
+
+    shutil.copytree(checkpoints[0], tmp_path / "c")
+    manifest = json.loads((tmp_path / "c" / "mtserve.json").read_text())
+    manifest["tasks"][0]["options"]["labels"] = ["good", "bad"]
+    (tmp_path / "c" / "mtserve.json").write_text(json.dumps(manifest))
+    ended = bare(str(tmp_path / "c"))
+    assert ended.returncode == 2
+    assert ended.stderr.count("mtserve: task 'topic'") == 1
+    assert "Traceback" not in ended.stdout + ended.stderr
+
+
+def test_importing_the_service_loads_no_model() -> None:
+    code = "import mtserve.serve.service, sys; raise SystemExit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, timeout=60, check=False).returncode == 0
+
+
+def test_bentofile_builds_what_the_command_serves() -> None:
+    bentofile: dict[str, Any] = yaml.safe_load((ROOT / "bentofile.yaml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert bentofile["service"] == SERVICE
+    assert sorted(bentofile["python"]["packages"]) == sorted(
+        [*project["dependencies"], *extras["torch"], *extras["serve"]]
+    )

@@ -74,7 +74,7 @@ def predict(
 
     items = [_item(text) for text in _lines(inputs)]
     chosen = _json_object(parameters)
-    engine = _quietly(load, model)
+    engine = load(model)
     names = task or (list(engine.tasks) if len(engine.tasks) == 1 else [])
     if not names:
         raise typer.BadParameter(f"choose --task from {', '.join(engine.tasks)}", param_hint="--task")
@@ -104,11 +104,11 @@ def inspect(
     facts = inspection.describe(checkpoint)
     failed = False
     if verify:
-        reports = _quietly(inspection.verify, checkpoint)
+        reports = inspection.verify(checkpoint)
         failed = not all(report.reproduced for report in reports)
         facts["golden"] = {r.task: {"rows": r.rows, "difference": r.difference, "ok": r.reproduced} for r in reports}
     if against is not None:
-        facts["against"] = _quietly(inspection.compare, checkpoint, Checkpoint.open(resolve(against)))
+        facts["against"] = inspection.compare(checkpoint, Checkpoint.open(resolve(against)))
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False, indent=1))
     else:
@@ -151,16 +151,6 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{text!r} is not a JSON object")
     return value
-
-
-def _quietly(function: Any, *arguments: Any) -> Any:
-    """Call something that loads models, without Transformers' progress bars."""
-    try:
-        from transformers.utils import logging
-    except ImportError:
-        return function(*arguments)
-    logging.disable_progress_bar()
-    return function(*arguments)
 
 
 def _print_facts(facts: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -69,6 +70,14 @@ class TaskEntry(_Entry):
             raise ValueError(f"{kind!r} is no kind of task; allowed: {', '.join(KINDS)}")
         return kind
 
+    @model_validator(mode="after")
+    def _options_fit(self) -> TaskEntry:
+        try:
+            _ = self.parsed_options
+        except ValidationError as error:
+            raise ValueError(f"options of task {self.name!r}: {_first(error)}") from error
+        return self
+
     @property
     def handler(self) -> AnyKind:
         return KINDS[self.kind]
@@ -120,6 +129,7 @@ class Manifest(_Entry):
                     f"the head of task {task.name!r} was trained on trunk {task.trunk[:12]}, "
                     f"this checkpoint holds {self.trunk.fingerprint[:12]}"
                 )
+            _check_against_trunk(task, self.trunk)
         for path in used:
             if path not in self.files:
                 raise ValueError(f"{path!r} is used but not listed under files")
@@ -150,24 +160,28 @@ def read_manifest(folder: Path) -> Manifest:
     found = raw.get("format") if isinstance(raw, dict) else None
     if found != FORMAT:
         raise CheckpointError(f"{path} has format {found!r}; this version reads format {FORMAT}")
+    return checked_manifest(raw, path)
+
+
+def checked_manifest(raw: Mapping[str, Any], path: Path) -> Manifest:
+    """A manifest from its JSON form. Raises CheckpointError with the first rule that it breaks."""
     try:
-        manifest = Manifest.model_validate(raw)
-        for task in manifest.tasks:
-            _check_against_trunk(task, manifest.trunk)
+        return Manifest.model_validate(raw)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(
-            f"{path}: {where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
-        ) from error
-    return manifest
+        raise CheckpointError(f"{path}: {_first(error)}") from error
+
+
+def _first(error: ValidationError) -> str:
+    found = error.errors(include_url=False)[0]
+    where = ".".join(map(str, found["loc"]))
+    return f"{where + ': ' if where else ''}{found['msg'].removeprefix('Value error, ')}"
 
 
 def _check_against_trunk(task: TaskEntry, trunk: TrunkEntry) -> None:
-    """Raise CheckpointError if the trunk cannot do what the task's options ask of it."""
+    """Raise ValueError if the trunk cannot do what the task's options ask of it."""
     options = task.parsed_options
     if trunk.max_length is not None and options.max_length > trunk.max_length:
         found = f"max_length {options.max_length} is over the {trunk.max_length} positions of its trunk"
-        raise CheckpointError(f"task {task.name!r}: {found}")
+        raise ValueError(f"task {task.name!r}: {found}")
     if task.handler.causal and not trunk.causal:
-        raise CheckpointError(f"task {task.name!r}: {task.kind} needs a causal trunk; {trunk.family} is none")
+        raise ValueError(f"task {task.name!r}: {task.kind} needs a causal trunk; {trunk.family} is none")

@@ -23,7 +23,7 @@ from typing import Any
 
 from mtserve.checkpoint import Checkpoint, fingerprint, sha256_file
 from mtserve.errors import CheckpointError
-from mtserve.manifest import FORMAT, MANIFEST, FileEntry, GoldenRow, Manifest, TaskEntry, TrunkEntry
+from mtserve.manifest import FORMAT, MANIFEST, TASK_NAME, FileEntry, GoldenRow, TaskEntry, TrunkEntry, checked_manifest
 from mtserve.safetensors_file import parameters, read_header
 from mtserve.tasks.base import Options
 from mtserve.text import TextSpec
@@ -74,6 +74,9 @@ def seal(
     Raises CheckpointError if the folder holds something else, or a checkpoint with another tokenizer or trunk config.
     """
     _refuse_foreign(folder)
+    for task in tasks:
+        if not TASK_NAME.fullmatch(task.name):
+            raise CheckpointError(f"{task.name!r} is no task name; allowed: {TASK_NAME.pattern}")
     folder.mkdir(parents=True, exist_ok=True)
     writer = _Writer(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".sealing-") as aside:
@@ -83,24 +86,18 @@ def seal(
         weights = writer.move(Path(aside) / "model.safetensors", "trunk/model-{}.safetensors")
     mark = fingerprint(folder / weights, tokenizer_json, text)
     entries = [_seal_task(writer, task, mark) for task in tasks]
-    manifest = Manifest(
-        format=FORMAT,
-        written_by=written_by,
-        trunk=TrunkEntry(
-            fingerprint=mark,
-            weights=weights,
-            family=trunk.family,
-            causal=trunk.causal,
-            hidden_size=trunk.hidden_size,
-            max_length=trunk.max_length,
-            parameters=parameters(folder / weights),
-            source=trunk.source,
-        ),
-        text=text,
-        tasks=tuple(entries),
-        files=writer.files,
-        provenance=dict(provenance),
+    entry = TrunkEntry(
+        fingerprint=mark,
+        weights=weights,
+        family=trunk.family,
+        causal=trunk.causal,
+        hidden_size=trunk.hidden_size,
+        max_length=trunk.max_length,
+        parameters=parameters(folder / weights),
+        source=trunk.source,
     )
+    parts = {"trunk": entry, "text": text, "tasks": entries, "files": writer.files, "provenance": provenance}
+    manifest = checked_manifest({"format": FORMAT, "written_by": written_by, **parts}, folder / MANIFEST)
     _replace(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
     # Plain AutoModel.from_pretrained(trunk/) finds the weights through this index; nothing of ours reads it.
     index = {"metadata": {}, "weight_map": dict.fromkeys(read_header(folder / weights), Path(weights).name)}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from mtserve.errors import CheckpointError
 
@@ -42,20 +45,33 @@ def is_causal(trunk: PreTrainedModel) -> bool:
     return torch.equal(before, after)
 
 
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Loading and saving a model without Transformers' progress bars, which are left as they were afterwards."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_trunk(folder: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A trunk from a folder that holds a Transformers model or task model, with its pooler where the family has one.
 
     Raises CheckpointError if the folder holds no usable config or no safetensors weights.
     """
     try:
-        trunk, report = AutoModel.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with no_progress_bars():
+            trunk, report = AutoModel.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} cannot be loaded as a trunk: {error}") from error
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))

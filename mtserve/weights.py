@@ -19,7 +19,7 @@ from mtserve.model import Model
 from mtserve.sealing import TaskPart, TrunkPart
 from mtserve.tasks import KINDS
 from mtserve.tasks.base import Options
-from mtserve.trunk import hidden_size, is_causal, max_length
+from mtserve.trunk import hidden_size, is_causal, max_length, no_progress_bars
 
 
 def load_model(checkpoint: Checkpoint) -> Model:
@@ -31,9 +31,10 @@ def load_model(checkpoint: Checkpoint) -> Model:
     config = AutoConfig.from_pretrained(checkpoint.folder / "trunk", local_files_only=True, trust_remote_code=False)
     state = load_file(checkpoint.folder / manifest.trunk.weights)
     family = AutoModel._model_mapping[type(config)]
-    trunk, report = family.from_pretrained(
-        None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
-    )
+    with no_progress_bars():
+        trunk, report = family.from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+        )
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[fault]:
             first = sorted(map(str, report[fault]))[0]
@@ -49,8 +50,13 @@ def load_model(checkpoint: Checkpoint) -> Model:
 def trunk_part(model: Model, *, source: str) -> TrunkPart:
     """The model's trunk, ready to be sealed. `source` says where it came from (a hub id, a folder's name)."""
     trunk = model.trunk
+
+    def write(folder: Path) -> None:
+        with no_progress_bars():
+            trunk.save_pretrained(folder, max_shard_size="1000GB")
+
     return TrunkPart(
-        write=lambda folder: trunk.save_pretrained(folder, max_shard_size="1000GB"),
+        write=write,
         family=trunk.config.model_type,
         causal=is_causal(trunk),
         hidden_size=hidden_size(trunk.config),

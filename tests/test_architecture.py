@@ -40,7 +40,7 @@ ONLY_IN = {
     "onnxruntime": {"backends", "export"},
     "tokenizers": {"text"},
     "torch": {"trunk", "heads", "model", "weights", "backends", "tasks"},
-    "transformers": {"trunk", "heads", "model", "weights", "cli"},
+    "transformers": {"trunk", "heads", "model", "weights"},
 }
 
 

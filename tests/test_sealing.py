@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -90,6 +91,33 @@ def test_another_version_replaces_the_first_and_leaves_nothing(folder: Path) -> 
     assert not (folder / "heads" / "tags").exists()
     assert after.manifest.trunk.fingerprint == before.manifest.trunk.fingerprint
     after.verify()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "../up"}, "is no task name"),
+        ({"options": {"max_length": 999}}, "max_length 999 is over the 96 positions"),
+    ],
+)
+def test_what_could_not_be_opened_is_not_committed(folder: Path, change: dict[str, Any], message: str) -> None:
+    before = (folder / "mtserve.json").read_bytes()
+    small = tiny("bert", only=("topic",))
+    options = small.tasks[0].options.model_copy(update=change.pop("options", {}))
+    part = task_part(small.model, "topic", kind="classification", options=options)
+    with pytest.raises(CheckpointError, match=message):
+        seal(
+            folder,
+            trunk_part(small.model, source="random"),
+            tasks=[dataclasses.replace(part, **change)],
+            tokenizer_json=TOKENIZER_JSON,
+            text=small.spec,
+            provenance={},
+            card="",
+            written_by="tests",
+        )
+    assert (folder / "mtserve.json").read_bytes() == before
+    Checkpoint.open(folder).verify()
 
 
 class Stopped(Exception):

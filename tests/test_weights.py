@@ -84,7 +84,15 @@ def wide(family: str, tasks: dict[str, tuple[str, dict[str, Any]]]) -> Tiny:
     """A model whose trunk is wide enough for shares to mean something."""
     sizes: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": PAD}
     if family == "gpt2":
-        sizes |= {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 96, "eos_token_id": EOS, "vocab_size": 4000}
+        sizes |= {
+            "n_embd": 128,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 160,
+            "bos_token_id": EOS,
+            "eos_token_id": EOS,
+            "vocab_size": 4000,
+        }
     else:
         sizes |= {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
     model = Model(AutoModel.from_config(AutoConfig.for_model(family, **sizes)))

@@ -16,8 +16,6 @@ from mtserve.tasks.base import AnyKind
 
 Schema = dict[str, Any]
 COMPONENTS = "#/components/schemas/"
-LABEL_FIELDS = ("label", "entity_group")
-"""Fields of predictions that hold one of the task's labels."""
 
 
 def reference(name: str) -> Schema:
@@ -44,13 +42,12 @@ def add_task(schemas: dict[str, Schema], task: Task) -> None:
 
 
 def _prediction(task: Task, schemas: dict[str, Schema], prefix: str) -> Schema:
-    """The schema of one prediction, with the task's labels as the only values of its label fields."""
+    """The schema of one prediction, with the task's labels as the only values of its label field."""
     schema = task.kind.answer_schema(task.options)
-    labels = list(task.kind.label_names(task.options))
     for part in _parts([schema]):
-        for name, field in part.get("properties", {}).items():
-            if labels and name in LABEL_FIELDS and field.get("type") == "string":
-                field["enum"] = labels
+        field = part.get("properties", {}).get(task.kind.label_field)
+        if field is not None:
+            field["enum"] = list(task.kind.label_names(task.options))
     return _hoist(schema, schemas, prefix)
 
 

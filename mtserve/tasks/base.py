@@ -132,6 +132,7 @@ class Kind(ABC, Generic[O_, P_, E_, L_]):
     metric       the entry of `metrics` that stands for the task where one number is wanted
     causal       needs a trunk in which no position sees a later one
     takes_text   a bare string is an example
+    label_field  the field of a prediction that holds one of the task's labels
     """
 
     name: ClassVar[str]
@@ -143,6 +144,7 @@ class Kind(ABC, Generic[O_, P_, E_, L_]):
     metric: ClassVar[str]
     causal: ClassVar[bool] = False
     takes_text: ClassVar[bool] = True
+    label_field: ClassVar[str | None] = None
 
     # what the trunk sees
 

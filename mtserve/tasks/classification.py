@@ -70,6 +70,7 @@ class Classification(
     labelled = LabelledClassification
     prediction = list[LabelScore]
     metric = "macro_f1"
+    label_field = "label"
 
     def rows(self, example: ClassificationExample, options: ClassificationOptions, text: Text) -> list[Row]:
         return text.rows(example.text, example.text_pair, limits=options.limits)

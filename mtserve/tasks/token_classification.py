@@ -119,6 +119,7 @@ class TokenClassification(
     labelled = LabelledTokenClassification
     prediction = list[SpanScore]
     metric = "f1"
+    label_field = "entity_group"
 
     def rows(self, example: TokenClassificationExample, options: TokenClassificationOptions, text: Text) -> list[Row]:
         return text.rows(example.joined, limits=options.limits)

@@ -1,0 +1,115 @@
+"""Every format gives the same records, and every fault has its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from mtserve.errors import ConfigError
+from training.config import Source
+from training.readers import BadRecord, Record, fingerprint, read
+
+RECORDS = [{"text": 'Ein Gruß, "ja"', "label": "good"}, {"text": "two\nlines", "label": "bad"}]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def records(source: Source, base: Path) -> list[dict[str, Any]]:
+    found = list(read(source, base))
+    assert all(isinstance(record, Record) for record in found)
+    return [dict(record.data) for record in found if isinstance(record, Record)]
+
+
+def test_jsonl_with_byte_order_mark_and_crlf(tmp_path: Path) -> None:
+    lines = "\r\n".join(json.dumps(record, ensure_ascii=False) for record in RECORDS) + "\r\n\r\n"
+    (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert records(Source(path="d.jsonl"), tmp_path) == RECORDS
+
+
+def test_jsonl_faults_have_their_line(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_bytes(b'{"a": 1}\n{"a": \n\n[1]\n{"a": "\xff"}\n{"a": 2}')
+    found = list(read(Source(path="d.jsonl"), tmp_path))
+    assert [record.where for record in found] == ["d.jsonl:1", "d.jsonl:2", "d.jsonl:4", "d.jsonl:5", "d.jsonl:6"]
+    bad = [record.message for record in found if isinstance(record, BadRecord)]
+    assert [message.split(":")[0] for message in bad] == ["not JSON", "no JSON object", "not UTF-8"]
+
+
+def test_csv_keeps_text_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_bytes(
+        b'\xef\xbb\xbftext,label\r\n"a, ""b""\r\nc",01\r\nNA,\r\nx,y,z\r\n\r\nnull,1.0\r\n'
+    )
+    found = list(read(Source(path="d.csv"), tmp_path))
+    assert [r.data for r in found if isinstance(r, Record)] == [
+        {"text": 'a, "b"\r\nc', "label": "01"},
+        {"text": "NA", "label": None},
+        {"text": "null", "label": "1.0"},
+    ]
+    assert [(r.where, r.message) for r in found if isinstance(r, BadRecord)] == [
+        ("d.csv:5", "3 cells; the header has 2")
+    ]
+
+
+def test_tsv(tmp_path: Path) -> None:
+    (tmp_path / "d.tsv").write_text("text\tlabel\na, b\tc\n")
+    assert records(Source(path="d.tsv"), tmp_path) == [{"text": "a, b", "label": "c"}]
+
+
+def test_parquet_names_its_classes(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["good", "bad"]),
+            "tags": datasets.List(datasets.ClassLabel(names=["O", "B-x"])),
+        }
+    )
+    raw = {"text": ["a", "b", "c"], "label": [1, 0, -1], "tags": [[0, 1], [], [1]]}
+    datasets.Dataset.from_dict(raw, features=features).to_parquet(tmp_path / "d.parquet")
+    assert records(Source(path="d.parquet"), tmp_path) == [
+        {"text": "a", "label": "bad", "tags": ["O", "B-x"]},
+        {"text": "b", "label": "good", "tags": []},
+        {"text": "c", "label": None, "tags": ["B-x"]},
+    ]
+
+
+def test_data_set_folder_with_splits(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        lines = [json.dumps({"text": f"{split} {i}", "label": str(i)}) + "\n" for i in range(2)]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    source = Source(hub="set", split="validation")
+    found = list(read(source, tmp_path))
+    assert [r.where for r in found] == ["set/validation:1", "set/validation:2"]
+    assert records(source, tmp_path)[1] == {"text": "validation 1", "label": "1"}
+    assert fingerprint(source, tmp_path) == fingerprint(source, tmp_path)
+    with pytest.raises(ConfigError, match="set/test cannot be read"):
+        records(Source(hub="set", split="test"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.csv", b"a,a\n1,2\n", "header line of distinct names"),
+        ("d.csv", b'a,b\n"1,2\n', "cannot be read: unexpected end of data"),
+        ("d.csv", b"a\n\xff\n", "cannot be read: 'utf-8'"),
+        ("d.parquet", b"no parquet", "d.parquet cannot be read"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        records(Source(path=name), tmp_path)
+
+
+def test_missing_places(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.jsonl does not exist"):
+        read(Source(path="none.jsonl"), tmp_path)
+    with pytest.raises(ConfigError, match="nobody/nothing/train cannot be read"):
+        records(Source(hub="nobody/nothing", split="train"), tmp_path)

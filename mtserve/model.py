@@ -87,5 +87,5 @@ class Model(nn.Module):
 
 
 def module_name(task: str) -> str:
-    """A task's name as a module name, which may hold no dot; reversible since task names have no '/'."""
-    return task.replace(".", "/")
+    """A task's name as a module name: without dots, and never that of a method (a task may be called `train`)."""
+    return "task:" + task.replace(".", "/")

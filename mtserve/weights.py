@@ -54,6 +54,9 @@ def trunk_part(model: Model, *, source: str) -> TrunkPart:
     def write(folder: Path) -> None:
         with no_progress_bars():
             trunk.save_pretrained(folder, max_shard_size="1000GB")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config.pop("transformers_version", None)  # so that another version of the folder can be written after an update
+        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True), encoding="utf-8")
 
     return TrunkPart(
         write=write,

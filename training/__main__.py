@@ -26,13 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(given)
     try:
         config = read_config(options.run, options.overrides)
-        from transformers.utils.logging import (
-            disable_progress_bar,
-        )  # these take seconds: a wrong run file is said first
+        from training.run import train  # takes seconds: a wrong run file is said first
 
-        from training.run import train
-
-        disable_progress_bar()  # of loading and saving; the training has its own
         result = train(config, base=options.run.parent, command=shlex.join(["python", "-m", "training", *given]))
     except SetupError as error:
         sys.stderr.write(f"error: {error}\n")

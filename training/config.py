@@ -113,6 +113,7 @@ class RunConfig(_Section):
     """A whole run. Data paths and a trunk's path are relative to the run file, `output` to the working directory."""
 
     trunk: str
+    trunk_name: str | None = Field(default=None, description="What the card calls the trunk; by default its location.")
     output: str
     overwrite: bool = False
     seed: int = Field(default=0, ge=0)

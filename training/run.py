@@ -51,7 +51,7 @@ def train(config: RunConfig, *, base: Path, command: str = "") -> Result:
     """
     output = Path(config.output)
     _check_output(output, overwrite=config.overwrite)
-    trunk = open_trunk(config.trunk, base)
+    trunk = open_trunk(config.trunk, base, name=config.trunk_name)
     _check_same_trunk(output, trunk)
     data = _read(config, trunk, base)
     model = _model(trunk, data, seed=config.seed)

@@ -39,7 +39,7 @@ class Trunk:
             raise ConfigError(f"tasks.{task}.kind: {kind.name} needs a causal trunk; {family} here is bidirectional")
 
 
-def open_trunk(location: str, base: Path) -> Trunk:
+def open_trunk(location: str, base: Path, *, name: str | None = None) -> Trunk:
     """Load a trunk from a folder (relative to `base`, else to the working directory) or the hub.
 
     Raises ResolveError, or CheckpointError for weights or a tokenizer that cannot be used.
@@ -52,7 +52,7 @@ def open_trunk(location: str, base: Path) -> Trunk:
     words, entries = Text(tokenizer, spec).vocab_size, model.get_input_embeddings().weight.shape[0]
     if words > entries:
         raise CheckpointError(f"{folder}: the tokenizer has {words} tokens, the trunk embeds {entries}")
-    return Trunk(model, tokenizer, spec, folder.name if Path(location).is_absolute() or beside else location)
+    return Trunk(model, tokenizer, spec, name or (folder.name if Path(location).is_dir() or beside else location))
 
 
 def tokenizer_json(folder: Path) -> str:

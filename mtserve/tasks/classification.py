@@ -52,6 +52,8 @@ class LabelledClassification(ClassificationExample):
     @classmethod
     def _as_text(cls, label: Any) -> Any:
         """Whole numbers and booleans are label names too, as CSV and JSON files have them."""
+        if isinstance(label, list | tuple):
+            return [str(one) if isinstance(one, int) else one for one in label]
         return str(label) if isinstance(label, int) else label
 
 
@@ -84,7 +86,7 @@ class Classification(
         if "labels" not in fitted:
             found: set[str] = set()
             for record in examples:
-                label = record.get("label")
+                label = record["label"]
                 found.update(map(str, label) if isinstance(label, list | tuple) else [str(label)])
             fitted["labels"] = sorted(found)
         return fitted

@@ -47,7 +47,7 @@ def test_batch_size_of_a_task_wins(run: Path) -> None:
     ("override", "message"),
     [
         ("training.epoch=1", r"training: unknown key 'epoch'; allowed: epochs, max_steps"),
-        ("sead=1", r"unknown key 'sead'; allowed: trunk, output"),
+        ("sead=1", r"unknown key 'sead'; allowed: trunk, trunk_name, output"),
         ("training.epochs=-1", r"training\.epochs: input should be greater than 0; found -1"),
         ("training.bf16=perhaps", r"training\.bf16: .*found 'perhaps'"),
         ("tasks.topic.kind=klass", r"tasks\.topic\.kind: 'klass' is no kind of task; allowed: classification, "),
@@ -75,7 +75,7 @@ def test_run_file_faults(tmp_path: Path) -> None:
         read_config(tmp_path / "none.yaml")
     path = tmp_path / "run.yaml"
     path.write_text("- 1\n")
-    with pytest.raises(ConfigError, match="holds no mapping; a run file has the keys trunk, output"):
+    with pytest.raises(ConfigError, match="holds no mapping; a run file has the keys trunk, trunk_name, output"):
         read_config(path)
     path.write_bytes(b"trunk: \xff\n")
     with pytest.raises(ConfigError, match="not UTF-8"):

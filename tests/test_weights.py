@@ -27,7 +27,7 @@ from tests.tiny import EOS, FAMILIES, PAD, TOKENIZER_JSON, VOCAB, Tiny, tiny
 READ_AGAIN = """
 import json, sys
 import torch
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 import mtserve
 for line in sys.stdin:
     folder, asked = json.loads(line)

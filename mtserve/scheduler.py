@@ -69,7 +69,7 @@ class Ticket:
         self.deadline = deadline
         self.accepted = time.monotonic()
         self.started: float | None = None
-        self.unfinished = len(self.works)
+        self.waiting = self.unfinished = len(self.works)  # not started; not finished
         self.over = False
         self.future: Future[list[Any]] = Future()
         self.future.set_running_or_notify_cancel()  # from here on only the scheduler settles it
@@ -185,7 +185,7 @@ class Scheduler:
             return
         ticket.over = True
         self._open.discard(ticket)
-        if any(owner is ticket for _, owner in self._waiting):
+        if ticket.waiting:
             self._waiting = deque(pair for pair in self._waiting if pair[1] is not ticket)
             self._waiting_tokens = sum(work.tokens for work, _ in self._waiting)
         if error is not None:
@@ -217,6 +217,7 @@ class Scheduler:
             if running and new and tokens + sum(new.values()) > self._engine.max_batch_tokens:
                 return
             self._waiting.popleft()
+            ticket.waiting -= 1
             self._waiting_tokens -= work.tokens
             seen.update(new)
             tokens += sum(new.values())

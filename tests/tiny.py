@@ -123,17 +123,23 @@ class Tiny:
         return list(self.engine.tasks.values())
 
 
-def tiny(family: str, *, only: tuple[str, ...] | None = None, budget: int = 4096) -> Tiny:
-    """A random model of a family with every task of `OPTIONS`, and of `GENERATION` where the trunk is causal."""
+def tiny(
+    family: str,
+    *,
+    only: tuple[str, ...] | None = None,
+    tasks: dict[str, tuple[str, dict[str, Any]]] | None = None,
+) -> Tiny:
+    """A random model of a family with these tasks; by default with every task of `OPTIONS`, and of `GENERATION` where
+    the trunk is causal."""
     model = Model(trunk_of(family))
     spec = text_spec(TOKENIZER_JSON, pad_id=PAD, eos_id=EOS)
-    wanted = {**OPTIONS, **(GENERATION if is_causal(model.trunk) else {})}
-    tasks = []
+    wanted = tasks or {**OPTIONS, **(GENERATION if is_causal(model.trunk) else {})}
+    made = []
     for name, (kind, raw) in wanted.items():
         if only is None or name in only:
             options = KINDS[kind].options.model_validate(raw)
             model.add(name, KINDS[kind].head(options))
-            tasks.append(Task(name, KINDS[kind], options))
+            made.append(Task(name, KINDS[kind], options))
     model.eval()
     text = Text(TOKENIZER_JSON, spec)
-    return Tiny(model, Engine(tasks, EagerBackend(model, pad_id=PAD), text, max_batch_tokens=budget), text, spec)
+    return Tiny(model, Engine(made, EagerBackend(model, pad_id=PAD), text), text, spec)

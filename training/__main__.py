@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mtserve.errors import SetupError
+from mtserve.errors import MissingExtraError, SetupError
 from training.config import RunConfig, read_config
 from training.evaluate import Scores, table
+
+if TYPE_CHECKING:
+    from training.run import Result
 
 _HELP = """\
 example: python -m training run.yaml output=runs/second training.epochs=5 tasks.intent.weight=2
@@ -26,8 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(given)
     try:
         config = read_config(options.run, options.overrides)
-        from training.run import train  # takes seconds: a wrong run file is said first
-
+        train = _train()
         result = train(config, base=options.run.parent, command=shlex.join(["python", "-m", "training", *given]))
     except SetupError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -38,6 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     sys.stdout.write(_aligned(result.scores))
     return 0
+
+
+def _train() -> Callable[..., Result]:
+    """The run itself, imported late: it takes seconds, and a wrong run file is said first."""
+    try:
+        from training.run import train
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("training", "train") from error
+    return train
 
 
 def _parser() -> argparse.ArgumentParser:

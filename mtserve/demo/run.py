@@ -30,10 +30,10 @@ PACKAGED_NAME = "all-MiniLM-L6-v2"
 READY_TIMEOUT_S = 120
 CALLS: dict[str, Any] = {
     "intent": "I was charged twice for the same order, can you look into it?",
-    "sentiment": "The room was tiny, but the view made up for everything.",
+    "sentiment": "Honestly the best soup I have had in years, and the staff were lovely.",
     "similarity": {"text": "He put the kettle on.", "text_pair": "The man was boiling water for tea."},
     "everyday": {"question": "What do you need to unlock your front door?", "choices": ["a key", "a fork", "a cloud"]},
-    "entities": "Amina Yusuf flew from Nairobi to Geneva to meet the Red Cross.",
+    "entities": "Amina Yusuf flew from Nairobi to Geneva to join Lindholm Energy.",
 }
 
 
@@ -68,7 +68,7 @@ def _train(output: Path, trunk: str | None) -> None:
         changes["trunk"] = trunk
     run = [sys.executable, "-m", "training", os.path.relpath(RUN_FILE)]
     argv = [*run, *(f"{key}={value}" for key, value in changes.items())]
-    if subprocess.run(argv, check=False, stdout=sys.stderr).returncode:
+    if subprocess.run(argv, check=False, stdout=subprocess.DEVNULL).returncode:  # progress is on stderr
         raise SetupError("the training of the demo failed; its own message stands above")
 
 
@@ -99,6 +99,7 @@ def _server(model: Path, port: int) -> Iterator[str]:
     """The server as a child process, from ready until the end of the block; stopped by its own process id."""
     argv, env = command([str(model)], host="127.0.0.1", port=port)
     url = f"http://127.0.0.1:{port}"
+    env = {**env, "BENTOML_CONFIG_OPTIONS": "services.mtserve.logging.access.enabled=false"}
     child = subprocess.Popen(argv, env=env, stdout=sys.stderr)
     try:
         _wait_until_ready(child, url)

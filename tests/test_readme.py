@@ -1,0 +1,126 @@
+"""The README's commands and examples, run as they stand on a tiny checkpoint in place of the demo's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mtserve.tasks import KINDS
+from tests.test_sealing import write
+from tests.tiny import tiny
+from training.config import read_config
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+DEMO = {
+    "intent": ("classification", {"labels": ["billing", "delivery"], "max_length": 48}),
+    "sentiment": ("classification", {"labels": ["negative", "positive"], "max_length": 48}),
+    "similarity": ("similarity", {"low": 0, "high": 5, "max_length": 48}),
+    "everyday": ("multiple_choice", {"max_length": 48}),
+    "entities": ("token_classification", {"labels": ["person", "place"], "max_length": 48}),
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(prefix: str) -> list[list[str]]:
+    """Shell commands of the README that begin so, comments dropped."""
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith(prefix)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory that holds `demo-checkpoint`."""
+    home = tmp_path_factory.mktemp("readme")
+    write(home / "demo-checkpoint", tiny("bert", tasks=DEMO))
+    return home
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    """The README's serve command, on a free port."""
+    (serve,) = commands("mtserve serve")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert serve[-2:] == ["--port", "3000"]
+    argv = [sys.executable, "-m", "mtserve", *serve[1:-1], str(port)]
+    child = subprocess.Popen(argv, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/readyz", timeout=5).close()
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert child.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        yield address
+    finally:
+        child.terminate()
+        child.wait(timeout=30)
+
+
+@pytest.mark.parametrize("command", commands("mtserve predict") + commands("mtserve inspect"), ids=" ".join)
+def test_commands(command: list[str], folder: Path) -> None:
+    argv = [sys.executable, "-m", "mtserve", *command[1:]]
+    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_python(folder: Path, url: str) -> None:
+    found = blocks("python")
+    assert len(found) == 2
+    code = "\n".join(found).replace("http://127.0.0.1:3000", url)
+    env = {**os.environ, "HF_HUB_OFFLINE": "0"}  # offline, the hub's client refuses loopback addresses too
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_curl(url: str) -> None:
+    found = commands("curl")
+    assert len(found) == 2
+    for command in found:
+        address, body = command[1], command[command.index("-d") + 1]
+        request = urllib.request.Request(
+            address.replace("localhost:3000", url), body.encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            answer = json.load(response)
+    assert set(answer["outputs"]) == {"intent", "sentiment", "entities"}
+    assert answer["usage"]["trunk_passes"] == 1
+
+
+def test_run_file(tmp_path: Path) -> None:
+    (yaml,) = blocks("yaml")
+    (tmp_path / "run.yaml").write_text(yaml)
+    (command,) = commands("mtserve train")
+    config = read_config(tmp_path / command[2], command[3:])
+    assert config.training.epochs == 1
+    assert set(config.tasks) == {"intent", "duplicates"}
+
+
+def test_every_kind_and_parameter_is_in_the_table() -> None:
+    for kind in KINDS.values():
+        (row,) = re.findall(rf"^\| `{kind.name}`.*$", README, flags=re.MULTILINE)
+        for parameter in kind.parameters.model_fields:
+            assert f"`{parameter}`" in row

@@ -93,7 +93,8 @@ def fingerprint(weights: Path, tokenizer_json: str, text: TextSpec) -> str:
     digest = hashlib.sha256()
     hash_tensors(weights, digest)
     digest.update(hashlib.sha256(tokenizer_json.encode()).digest())
-    digest.update(text.model_dump_json().encode())
+    chosen = text.model_dump(mode="json", exclude_defaults=True)  # a later version's new fields leave old marks valid
+    digest.update(json.dumps(chosen, sort_keys=True).encode())
     return digest.hexdigest()
 
 

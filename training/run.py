@@ -51,6 +51,7 @@ def train(config: RunConfig, *, base: Path, command: str = "") -> Result:
     """
     output = Path(config.output)
     _check_output(output, overwrite=config.overwrite)
+    torch.manual_seed(config.seed)  # a trunk's folder may lack a pooler, which is then made
     trunk = open_trunk(config.trunk, base, name=config.trunk_name)
     _check_same_trunk(output, trunk)
     data = _read(config, trunk, base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from mtserve.errors import CheckpointError, ConfigError, ResolveError
 from mtserve.golden import check_golden
@@ -99,6 +102,23 @@ def test_the_same_seed_gives_the_same_weights(run_file: Run) -> None:
     assert heads[0] == heads[1] != heads[2]
 
 
+def test_a_pooler_that_the_trunks_folder_lacks_follows_the_seed(
+    run_file: Run, tmp_path: Path, trunk_folder: Callable[[str], Path]
+) -> None:
+    bare = Path(shutil.copytree(trunk_folder("bert"), tmp_path / "bare"))
+    tensors = load_file(bare / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")}
+    assert len(kept) < len(tensors)
+    save_file(kept, bare / "model.safetensors", metadata={"format": "pt"})
+    path = run_file({"topic": "classification"})
+    marks = []
+    for name in ("a", "b"):
+        torch.rand(3)  # the state of the global generator must not matter
+        made = run(path, f"trunk={bare}", f"output={tmp_path / name}").checkpoint
+        marks.append(made.manifest.trunk.fingerprint)
+    assert marks[0] == marks[1]
+
+
 def test_overwrite_is_asked_for(run_file: Run, trunk_folder: Callable[[str], Path]) -> None:
     path = run_file({"topic": "classification"})
     first = run(path).checkpoint.manifest
@@ -149,6 +169,13 @@ def test_tokenizer_files_of_older_trunks(tmp_path: Path, trunk_folder: Callable[
     empty.mkdir()
     with pytest.raises(CheckpointError, match="holds no tokenizer that can be loaded"):
         tokenizer_json(empty)
+
+
+def test_a_trunk_without_a_fast_tokenizer_is_refused(tmp_path: Path, trunk_folder: Callable[[str], Path]) -> None:
+    shutil.copy(trunk_folder("bert") / "config.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"has a tokenizer \(ByT5Tokenizer\) without a tokenizer.json form"):
+        tokenizer_json(tmp_path)
 
 
 def test_command_line(run_file: Run, capsys: pytest.CaptureFixture[str]) -> None:

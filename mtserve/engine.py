@@ -21,7 +21,8 @@ from mtserve.backends.base import Backend
 from mtserve.batching import Batch, plan
 from mtserve.errors import InputError, Problem, UnknownTaskError
 from mtserve.rows import Row
-from mtserve.tasks.base import AnyKind, Example, Options, Work, validate
+from mtserve.tasks.base import AnyKind, Example, Options, Work
+from mtserve.tasks.validation import validate
 from mtserve.text import Text
 
 DEFAULT_BUDGET = 4096

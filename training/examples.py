@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from mtserve.errors import ConfigError, InputError
 from mtserve.rows import Row
-from mtserve.tasks.base import AnyKind, Example, Options, validate
+from mtserve.tasks.base import AnyKind, Example, Options
+from mtserve.tasks.validation import validate
 from mtserve.text import Text
 from training.config import Source, TaskConfig
 from training.readers import BadRecord, Record, fingerprint, read

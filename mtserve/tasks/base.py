@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-from mtserve.errors import InputError, Problem
+from mtserve.errors import InputError
 from mtserve.rows import Floats, Row
+from mtserve.tasks.validation import json_type, validate
 from mtserve.text import Limits, OnLong, Text
 
 if TYPE_CHECKING:
@@ -88,7 +88,6 @@ O_ = TypeVar("O_", bound=Options)
 P_ = TypeVar("P_", bound=Parameters)
 E_ = TypeVar("E_", bound=Example)
 L_ = TypeVar("L_", bound=Example)
-M_ = TypeVar("M_", bound=BaseModel)
 
 
 @dataclass(eq=False)
@@ -228,7 +227,7 @@ class Kind(ABC, Generic[O_, P_, E_, L_]):
             allowed = (
                 f"{'a string or ' if self.takes_text else ''}an object with {', '.join(self.example.model_fields)}"
             )
-            raise InputError(f"an input of {self.name} is {allowed}; found {_json_type(item)}")
+            raise InputError(f"an input of {self.name} is {allowed}; found {json_type(item)}")
         return validate(self.example, item)
 
     def input_models(self) -> list[type[BaseModel]]:
@@ -245,34 +244,3 @@ class Kind(ABC, Generic[O_, P_, E_, L_]):
 
 
 AnyKind = Kind[Any, Any, Any, Any]
-
-
-def validate(model: type[M_], data: Any, *, prefix: str = "") -> M_:
-    """`data` as an instance of a pydantic model; pydantic's findings become one InputError."""
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        problems = []
-        for found in error.errors(include_url=False, include_context=False):
-            name = ".".join(map(str, found["loc"]))
-            message = found["msg"].removeprefix("Value error, ")
-            if found["type"] == "extra_forbidden":
-                message = f"not allowed here; allowed: {', '.join(model.model_fields) or 'none'}"
-            problems.append(Problem(message, field=prefix + name or None))
-        raise InputError(problems) from error
-
-
-def _json_type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
-
-
-def softmax(logits: Floats) -> Floats:
-    """Softmax over the last axis."""
-    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True), np.float32)
-
-
-def sigmoid(logits: Floats) -> Floats:
-    """Logistic function, stable for large values of either sign."""
-    return np.asarray(0.5 * (1 + np.tanh(0.5 * logits)), np.float32)

@@ -12,7 +12,8 @@ from typing_extensions import TypedDict
 
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Row
-from mtserve.tasks.base import Example, HeadSpec, Kind, Metrics, Options, Parameters, Work, sigmoid, softmax
+from mtserve.tasks.base import Example, HeadSpec, Kind, Metrics, Options, Parameters, Work
+from mtserve.tasks.scores import sigmoid, softmax
 from mtserve.tasks.windows import merge, merge_tensor
 from mtserve.text import Text
 

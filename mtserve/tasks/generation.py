@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Row
 from mtserve.tasks.base import IGNORED, Example, HeadSpec, Kind, Metrics, Options, Parameters, Work
-from mtserve.tasks.token_classification import token_loss
+from mtserve.tasks.token_loss import token_loss
 from mtserve.text import Text
 
 if TYPE_CHECKING:

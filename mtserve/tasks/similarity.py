@@ -11,7 +11,8 @@ from typing_extensions import TypedDict
 
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Floats, Row
-from mtserve.tasks.base import Example, HeadSpec, Item, Kind, Metrics, Options, Parameters, Work, validate
+from mtserve.tasks.base import Example, HeadSpec, Item, Kind, Metrics, Options, Parameters, Work
+from mtserve.tasks.validation import validate
 from mtserve.tasks.windows import merge, merge_tensor
 from mtserve.text import Text
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NotRequired
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
-from typing_extensions import TypedDict
 
 from mtserve.errors import InputError, Problem
-from mtserve.rows import Floats, Row
-from mtserve.tasks.base import IGNORED, Example, HeadSpec, Kind, Metrics, Options, Parameters, Work, softmax
+from mtserve.rows import Row
+from mtserve.tasks.aggregation import SpanScore, by_word, in_words, span_scores, token_scores, trimmed
+from mtserve.tasks.base import IGNORED, Example, HeadSpec, Kind, Metrics, Options, Parameters, Work
+from mtserve.tasks.scores import softmax
 from mtserve.tasks.spans import (
     Span,
     invalid_tags,
@@ -22,6 +23,7 @@ from mtserve.tasks.spans import (
     token_words,
     word_spans,
 )
+from mtserve.tasks.token_loss import token_loss
 from mtserve.text import Text
 
 if TYPE_CHECKING:
@@ -92,18 +94,6 @@ class LabelledTokenClassification(TokenClassificationExample):
         return self
 
 
-class SpanScore(TypedDict):
-    """A span, or with `aggregation_strategy` none a token. For words, `start` and `end` count words."""
-
-    score: float
-    word: str
-    start: int
-    end: int
-    entity_group: NotRequired[str]
-    entity: NotRequired[str]
-    index: NotRequired[int]
-
-
 class TokenClassification(
     Kind[
         TokenClassificationOptions,
@@ -169,18 +159,18 @@ class TokenClassification(
         if not placed:
             return []
         scores = softmax(np.stack([work.logits[number][at] for number, at, _ in placed]))  # (tokens, n_out)
-        offsets = [_trimmed(source, *work.prompt[number].offsets[at].tolist()) for number, at, _ in placed]
+        offsets = [trimmed(source, *work.prompt[number].offsets[at].tolist()) for number, at, _ in placed]
         names = tag_names(options.labels)
         strategy = parameters.aggregation_strategy
         if strategy == "none":
-            found = _token_scores(source, scores, offsets, names)
+            found = token_scores(source, scores, offsets, names)
         else:
             if strategy != "simple":
                 owners = [word for _, _, word in placed]
-                scores, offsets = _by_word(scores, owners, words, strategy)
-            found = _span_scores(source, scores, offsets, names)
+                scores, offsets = by_word(scores, owners, words, strategy)
+            found = span_scores(source, scores, offsets, names)
         kept = [f for f in found if (f.get("entity_group") or f["entity"][2:]) not in parameters.ignore_labels]
-        return kept if example.words is None else [_in_words(f, words) for f in kept]
+        return kept if example.words is None else [in_words(f, words) for f in kept]
 
     def metrics(
         self,
@@ -209,19 +199,6 @@ class TokenClassification(
         return options.labels
 
 
-def token_loss(logits: Tensor, targets: Sequence[Any]) -> Tensor:
-    """Cross entropy of (rows, seq, n_out) logits against one (len,) target array a row, mean over counted tokens."""
-    import torch
-    from torch.nn import functional
-
-    wanted = torch.full(logits.shape[:2], IGNORED)
-    for row, target in enumerate(targets):
-        wanted[row, : len(target)] = torch.from_numpy(target)
-    wanted = wanted.to(logits.device)
-    total = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total / (wanted != IGNORED).sum().clamp(min=1)
-
-
 def _words(example: TokenClassificationExample) -> list[tuple[int, int]]:
     return word_spans(example.joined) if example.words is None else joined_words(example.words)[1]
 
@@ -246,61 +223,3 @@ def _tokens(source: str, rows: Sequence[Row], words: Sequence[tuple[int, int]]) 
             if known is None or context > known[0]:
                 best[row.first + place] = (context, number, at, int(owners[at]))
     return [best[token][1:] for token in sorted(best)]
-
-
-def _trimmed(source: str, start: int, end: int) -> tuple[int, int]:
-    """A token's characters without the spaces around them, which some tokenizers count to a token."""
-    piece = source[start:end]
-    return start + len(piece) - len(piece.lstrip()), max(start, end - (len(piece) - len(piece.rstrip())))
-
-
-def _by_word(
-    scores: Floats, owners: Sequence[int], words: Sequence[tuple[int, int]], strategy: str
-) -> tuple[Floats, list[tuple[int, int]]]:
-    """(words, n_out) scores and the character limits of the words that have a token."""
-    tokens_of: dict[int, list[int]] = {}
-    for token, word in enumerate(owners):
-        if word >= 0:
-            tokens_of.setdefault(word, []).append(token)
-    merged = []
-    for tokens in tokens_of.values():
-        block = scores[tokens]  # (tokens of the word, n_out)
-        if strategy == "first":
-            merged.append(block[0])
-        elif strategy == "average":
-            merged.append(block.mean(axis=0))
-        else:
-            merged.append(block[block.max(axis=1).argmax()])
-    shape = (len(merged), scores.shape[1])
-    return np.asarray(merged, np.float32).reshape(shape), [words[word] for word in tokens_of]
-
-
-def _token_scores(
-    source: str, scores: Floats, offsets: Sequence[tuple[int, int]], names: Sequence[str]
-) -> list[SpanScore]:
-    found = []
-    for index, (row, (start, end)) in enumerate(zip(scores, offsets, strict=True)):
-        best = int(row.argmax())
-        if names[best] != "O":
-            token = SpanScore(entity=names[best], score=float(row[best]), word=source[start:end], start=start, end=end)
-            token["index"] = index + 1
-            found.append(token)
-    return found
-
-
-def _span_scores(
-    source: str, scores: Floats, offsets: Sequence[tuple[int, int]], names: Sequence[str]
-) -> list[SpanScore]:
-    best = scores.argmax(axis=1)
-    found = []
-    for first, last, label in tags_to_spans([names[b] for b in best]):
-        start, end = offsets[first][0], offsets[last - 1][1]
-        score = float(scores[first:last].max(axis=1).mean())
-        found.append(SpanScore(entity_group=label, score=score, word=source[start:end], start=start, end=end))
-    return found
-
-
-def _in_words(found: SpanScore, words: Sequence[tuple[int, int]]) -> SpanScore:
-    """The same span with `start` and `end` counted in the caller's words."""
-    inside = [i for i, (start, end) in enumerate(words) if start < found["end"] and end > found["start"]]
-    return {**found, "start": inside[0], "end": inside[-1] + 1}

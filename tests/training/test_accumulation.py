@@ -7,7 +7,7 @@ import torch
 
 from mtserve.model import Model
 from mtserve.tasks import KINDS
-from mtserve.tasks.base import validate
+from mtserve.tasks.validation import validate
 from mtserve.text import Text, text_spec
 from tests.tiny import EOS, PAD, TOKENIZER_JSON, trunk_of
 from tests.training.conftest import OPTIONS, rows

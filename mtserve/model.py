@@ -31,7 +31,7 @@ class Model(nn.Module):
         head: Head = PoolingHead(spec) if spec.architecture == "pooling" else StockHead(spec, self.trunk.config)
         if isinstance(head, StockHead) and self.trunk.config.tie_word_embeddings:
             head.tie(self.trunk)
-        self.heads[module_name(task)] = head
+        self.heads[module_name(task)] = head.train(self.training)
         self.specs[task] = spec
         return head
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_sealing import write
-from tests.tiny import tiny
+from tests.tiny import tiny, write_checkpoint
 
 COMMANDS = ["train", "serve", "predict", "inspect", "demo"]
 
@@ -18,7 +17,7 @@ COMMANDS = ["train", "serve", "predict", "inspect", "demo"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli") / "bert"
-    write(folder, tiny("bert"))
+    write_checkpoint(folder, tiny("bert"))
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from mtserve.backends.eager import padded
 from mtserve.heads import stock_class
 from mtserve.tasks import KINDS
-from tests.tiny import FAMILIES, GENERATION, OPTIONS, PAD, Tiny, tiny
+from mtserve.weights import load_model
+from tests.tiny import FAMILIES, GENERATION, OPTIONS, PAD, Tiny, tiny, write_checkpoint
 
 CAUSAL = {"gpt2", "llama"}
 
@@ -85,17 +87,26 @@ def test_logits_equal_the_stock_task_model(family: str) -> None:
     assert tried == {task.kind.name for task in small.tasks}
 
 
-def test_all_heads_share_one_trunk(family: str) -> None:
-    """Only the trunk holds trunk weights: the heads' own tensors are few, and what is tied is the same storage."""
-    small = tiny(family)
-    trunk = {t.untyped_storage().data_ptr() for t in small.model.trunk.state_dict(keep_vars=True).values()}
-    for task in small.tasks:
-        state = small.model.head_state(task.name)
+def check_shared(model: Any, tasks: list[str]) -> None:
+    """Only the trunk holds trunk weights: what is tied is the same storage, and the heads' own tensors are few."""
+    trunk = {t.untyped_storage().data_ptr() for t in model.trunk.state_dict(keep_vars=True).values()}
+    for task in tasks:
+        state = model.head_state(task)
         shared = {name for name, tensor in state.items() if tensor.untyped_storage().data_ptr() in trunk}
-        assert shared == small.model.tied(task.name).keys()
-        if small.model.specs[task.name].architecture != "causal_lm":
+        assert shared == model.tied(task).keys()
+        if model.specs[task].architecture != "causal_lm":
             assert not shared
             assert sum(t.numel() for t in state.values()) < 3000
+    embedding = model.trunk.get_input_embeddings().weight
+    copies = [p for p in model.parameters() if p.shape == embedding.shape and p is not embedding]
+    assert len(copies) == (len(GENERATION) if "forth" in tasks and not model.tied("forth") else 0)
+
+
+def test_all_heads_share_one_trunk_before_saving_and_after_loading(family: str, tmp_path: Path) -> None:
+    small = tiny(family)
+    tasks = [task.name for task in small.tasks]
+    check_shared(small.model, tasks)
+    check_shared(load_model(write_checkpoint(tmp_path / family, small, golden=False)), tasks)
 
 
 def test_tied_output_matrix_is_the_embedding() -> None:
@@ -139,7 +150,7 @@ def test_mixed_batches_answer_as_single_calls(name: str) -> None:
     alone = [small.engine.predict(task, [item])[0] for task, item in asked]
 
     @settings(max_examples=40, deadline=None, derandomize=True)
-    @given(order=st.permutations(range(len(asked))), budget=st.sampled_from([1, 17, 64, 200, 4096]))
+    @given(order=st.permutations(range(len(asked))), budget=st.integers(1, 600))
     def check(order: list[int], budget: int) -> None:
         small.engine.max_batch_tokens = budget
         works = [small.engine.prepare_all(asked[at][0], [asked[at][1]])[0] for at in order]
@@ -175,6 +186,17 @@ def test_a_pair_is_not_the_text_with_a_separator(small: Tiny) -> None:
     pair = small.engine.prepare_all("topic", [{"text": "a book", "text_pair": "one"}])[0].rows[0]
     joined = small.engine.prepare_all("topic", ["a book [SEP] one"])[0].rows[0]
     assert pair.key != joined.key
+
+
+def test_a_head_added_to_a_model_in_evaluation_mode_drops_nothing() -> None:
+    small = tiny("bert", only=("topic",))
+    head = small.model.add("train", KINDS["token_classification"].head(small_options()))
+    assert not any(module.training for module in head.modules())
+    assert small.model.head("train") is head  # a task may be called like a method
+
+
+def small_options() -> Any:
+    return KINDS["token_classification"].options.model_validate(OPTIONS["names"][1])
 
 
 def test_rows_differ_by_type_ids_alone() -> None:

@@ -18,8 +18,7 @@ from pathlib import Path
 import pytest
 
 from mtserve.tasks import KINDS
-from tests.test_sealing import write
-from tests.tiny import tiny
+from tests.tiny import tiny, write_checkpoint
 from training.config import read_config
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -46,7 +45,7 @@ def commands(prefix: str) -> list[list[str]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory that holds `demo-checkpoint`."""
     home = tmp_path_factory.mktemp("readme")
-    write(home / "demo-checkpoint", tiny("bert", tasks=DEMO))
+    write_checkpoint(home / "demo-checkpoint", tiny("bert", tasks=DEMO))
     return home
 
 

@@ -15,34 +15,9 @@ from transformers import AutoModel
 from mtserve import sealing
 from mtserve.checkpoint import Checkpoint
 from mtserve.errors import CheckpointError
-from mtserve.golden import golden_rows
 from mtserve.sealing import seal
 from mtserve.weights import load_model, task_part, trunk_part
-from tests.tiny import TOKENIZER_JSON, Tiny, tiny
-
-
-def write(folder: Path, small: Tiny, *, golden: bool = True, tasks: set[str] | None = None) -> Checkpoint:
-    parts = []
-    for task in small.tasks:
-        if tasks is None or task.name in tasks:
-            sample = task.kind.sample(task.options)
-            rows = golden_rows(small.engine, task.name, [sample]) if golden else []
-            truth = [sample.model_dump(mode="json", exclude_none=True)]
-            parts.append(
-                task_part(
-                    small.model, task.name, kind=task.kind.name, options=task.options, golden=rows, calibration=truth
-                )
-            )
-    return seal(
-        folder,
-        trunk_part(small.model, source="random"),
-        tasks=parts,
-        tokenizer_json=TOKENIZER_JSON,
-        text=small.spec,
-        provenance={"note": "test"},
-        card="# test\n",
-        written_by="tests",
-    )
+from tests.tiny import TOKENIZER_JSON, tiny, write_checkpoint
 
 
 def edit(folder: Path, change: Any) -> None:
@@ -55,7 +30,7 @@ def edit(folder: Path, change: Any) -> None:
 @pytest.fixture(scope="module")
 def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sealed") / "bert"
-    write(folder, tiny("bert"))
+    write_checkpoint(folder, tiny("bert"))
     return folder
 
 
@@ -86,7 +61,7 @@ def test_nothing_in_a_checkpoint_is_a_pickle(folder: Path) -> None:
 
 def test_another_version_replaces_the_first_and_leaves_nothing(folder: Path) -> None:
     before = Checkpoint.open(folder)
-    after = write(folder, tiny("bert", only=("topic", "names")))
+    after = write_checkpoint(folder, tiny("bert", only=("topic", "names")))
     assert [task.name for task in after.manifest.tasks] == ["topic", "names"]
     assert not (folder / "heads" / "tags").exists()
     assert after.manifest.trunk.fingerprint == before.manifest.trunk.fingerprint
@@ -153,7 +128,7 @@ def test_a_crash_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(
         trial = Path(shutil.copytree(folder, tmp_path / f"trial{limit}"))
         steps = 0
         try:
-            write(trial, new)
+            write_checkpoint(trial, new)
             done = True
         except Stopped:
             done = False
@@ -174,24 +149,24 @@ def test_a_crash_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(
 
 def test_another_trunk_config_does_not_go_into_the_same_folder(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"trunk/config.json would change"):
-        write(folder, tiny("roberta"))
+        write_checkpoint(folder, tiny("roberta"))
     Checkpoint.open(folder).verify()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(CheckpointError, match="holds something else"):
-        write(tmp_path, tiny("bert", only=("topic",)))
+        write_checkpoint(tmp_path, tiny("bert", only=("topic",)))
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_the_fingerprint_changes_with_one_weight_and_with_the_tokenizer(tmp_path: Path) -> None:
-    first = write(tmp_path / "a", tiny("bert", only=("topic",))).manifest.trunk.fingerprint
-    again = write(tmp_path / "b", tiny("bert", only=("topic",))).manifest.trunk.fingerprint
+    first = write_checkpoint(tmp_path / "a", tiny("bert", only=("topic",))).manifest.trunk.fingerprint
+    again = write_checkpoint(tmp_path / "b", tiny("bert", only=("topic",))).manifest.trunk.fingerprint
     assert first == again
     changed = tiny("bert", only=("topic",))
     next(changed.model.trunk.parameters()).data[0, 0] += 1
-    assert write(tmp_path / "c", changed).manifest.trunk.fingerprint != first
+    assert write_checkpoint(tmp_path / "c", changed).manifest.trunk.fingerprint != first
 
 
 @pytest.mark.parametrize(

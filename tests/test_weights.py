@@ -21,8 +21,7 @@ from mtserve.tasks import KINDS
 from mtserve.text import Text, text_spec
 from mtserve.weights import load_model
 from tests.test_contract import items
-from tests.test_sealing import write
-from tests.tiny import EOS, FAMILIES, PAD, TOKENIZER_JSON, VOCAB, Tiny, tiny
+from tests.tiny import EOS, FAMILIES, PAD, TOKENIZER_JSON, VOCAB, Tiny, tiny, write_checkpoint
 
 READ_AGAIN = """
 import json, sys
@@ -41,7 +40,7 @@ def test_a_fresh_process_answers_bit_for_bit(tmp_path: Path) -> None:
     lines, ours = [], []
     for family in FAMILIES:
         small = tiny(family)
-        write(tmp_path / family, small)
+        write_checkpoint(tmp_path / family, small)
         asked = items(small)
         lines.append(json.dumps([str(tmp_path / family), asked]))
         ours.append([small.engine.predict(task, [item])[0] for task, item in asked])
@@ -59,7 +58,7 @@ def test_a_fresh_process_answers_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_golden_rows_are_reproduced(name: str, tmp_path: Path) -> None:
-    checkpoint = write(tmp_path / "x", tiny(name))
+    checkpoint = write_checkpoint(tmp_path / "x", tiny(name))
     reports = verify(checkpoint)
     assert all(report.reproduced and report.rows == 1 and report.difference == 0 for report in reports)
 
@@ -132,14 +131,16 @@ def test_several_tasks_cost_hardly_more_than_one(family: str, one: Any, several:
     """At most 1.05 x the weights of one task, in memory before and after loading, and on disk."""
     single, multi = wide(family, one), wide(family, several)
     assert distinct_bytes(multi.model) <= 1.05 * distinct_bytes(single.model)
-    a, b = (write(tmp_path / name, small, golden=False) for name, small in (("one", single), ("several", multi)))
+    a, b = (
+        write_checkpoint(tmp_path / name, small, golden=False) for name, small in (("one", single), ("several", multi))
+    )
     assert disk_bytes(b.folder) <= 1.05 * disk_bytes(a.folder)
     assert distinct_bytes(load_model(b)) <= 1.05 * distinct_bytes(load_model(a))
     assert distinct_bytes(load_model(b)) == distinct_bytes(multi.model)
 
 
 def test_the_tied_output_matrix_is_referenced_and_not_stored(tmp_path: Path) -> None:
-    checkpoint = write(tmp_path / "x", wide("gpt2", CAUSAL), golden=False)
+    checkpoint = write_checkpoint(tmp_path / "x", wide("gpt2", CAUSAL), golden=False)
     for task in ("forth", "back"):
         entry = checkpoint.task(task)
         assert entry.weights is None
@@ -153,17 +154,17 @@ def test_the_tied_output_matrix_is_referenced_and_not_stored(tmp_path: Path) -> 
 def test_an_untied_output_matrix_is_the_heads_own(tmp_path: Path) -> None:
     small = tiny("llama", only=("forth",))
     assert small.model.tied("forth") == {}
-    checkpoint = write(tmp_path / "x", small)
+    checkpoint = write_checkpoint(tmp_path / "x", small)
     assert checkpoint.task("forth").weights is not None
     assert verify(checkpoint)[0].difference == 0
 
 
 def test_compare(tmp_path: Path) -> None:
-    same = write(tmp_path / "a", tiny("bert", only=("topic", "names")))
+    same = write_checkpoint(tmp_path / "a", tiny("bert", only=("topic", "names")))
     other = tiny("bert", only=("topic", "score"))
     for parameter in other.model.heads.parameters():
         parameter.data = -parameter.data
-    found = compare(same, write(tmp_path / "b", other))
+    found = compare(same, write_checkpoint(tmp_path / "b", other))
     assert found["same_trunk"]
     assert (found["only_here"], found["only_there"], found["other_kind"]) == (["names"], ["score"], [])
     assert found["tasks"]["topic"]["flips"] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +11,15 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig, AutoModel
 
 from mtserve.backends.eager import EagerBackend
+from mtserve.checkpoint import Checkpoint
 from mtserve.engine import Engine, Task
+from mtserve.golden import golden_rows
 from mtserve.model import Model
+from mtserve.sealing import seal
 from mtserve.tasks import KINDS
 from mtserve.text import Text, TextSpec, text_spec
 from mtserve.trunk import is_causal
+from mtserve.weights import task_part, trunk_part
 
 PAD, CLS, SEP, UNK, EOS = 0, 1, 2, 3, 4
 CORPUS = (
@@ -143,3 +148,27 @@ def tiny(
     model.eval()
     text = Text(TOKENIZER_JSON, spec)
     return Tiny(model, Engine(made, EagerBackend(model, pad_id=PAD), text), text, spec)
+
+
+def write_checkpoint(folder: Path, small: Tiny, *, golden: bool = True, tasks: set[str] | None = None) -> Checkpoint:
+    parts = []
+    for task in small.tasks:
+        if tasks is None or task.name in tasks:
+            sample = task.kind.sample(task.options)
+            rows = golden_rows(small.engine, task.name, [sample]) if golden else []
+            truth = [sample.model_dump(mode="json", exclude_none=True)]
+            parts.append(
+                task_part(
+                    small.model, task.name, kind=task.kind.name, options=task.options, golden=rows, calibration=truth
+                )
+            )
+    return seal(
+        folder,
+        trunk_part(small.model, source="random"),
+        tasks=parts,
+        tokenizer_json=TOKENIZER_JSON,
+        text=small.spec,
+        provenance={"note": "test"},
+        card="# test\n",
+        written_by="tests",
+    )

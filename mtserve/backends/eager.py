@@ -21,17 +21,21 @@ class EagerBackend:
         self.pad_id = pad_id
         self.cost: Cost = padded_cost
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> dict[str, list[Floats]]:
-        device = self.model.trunk.device
-        ids, mask, type_ids = (tensor.to(device) for tensor in padded(batch.rows, pad_id=self.pad_id))
-        training = self.model.training
+        if not self.model.training:  # switching modes visits every module, which would cost a short request a tenth
+            return self._run(batch)
         self.model.eval()
         try:
-            states = self.model.states(ids, mask, type_ids)
-            return {task: self._head(task, wanted, states, batch) for task, wanted in batch.wanted.items()}
+            return self._run(batch)
         finally:
-            self.model.train(training)
+            self.model.train()
+
+    @torch.inference_mode()
+    def _run(self, batch: Batch) -> dict[str, list[Floats]]:
+        device = self.model.trunk.device
+        ids, mask, type_ids = (tensor.to(device) for tensor in padded(batch.rows, pad_id=self.pad_id))
+        states = self.model.states(ids, mask, type_ids)
+        return {task: self._head(task, wanted, states, batch) for task, wanted in batch.wanted.items()}
 
     def _head(self, task: str, wanted: tuple[int, ...], states: TrunkStates, batch: Batch) -> list[Floats]:
         head = self.model.head(task)

@@ -166,7 +166,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
         labels = f" of {', '.join(task['labels'])}" if task["labels"] else ""
         typer.echo(f"\n{task['name']}: {task['kind']}{labels}")
         options = {name: value for name, value in task["options"].items() if name != "labels"}
-        typer.echo("  options: " + ", ".join(f"{name} {value}" for name, value in options.items()))
+        typer.echo("  options: " + ", ".join(f"{name} {json.dumps(value)}" for name, value in options.items()))
         if task["metrics"]:
             typer.echo("  metrics: " + ", ".join(f"{name} {value:.3f}" for name, value in task["metrics"].items()))
         typer.echo(f"  rows: {task['golden_rows']} golden, {task['calibration_rows']} calibration")

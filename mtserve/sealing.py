@@ -144,6 +144,7 @@ class _Writer:
         name = pattern.format(digest[:16])
         target = self.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
+        source.chmod(0o644)  # safetensors writes for the owner alone; a server often runs as another user
         source.replace(target)
         _sync(target.parent)
         self.files[name] = FileEntry(size=target.stat().st_size, sha256=digest)

@@ -44,6 +44,7 @@ def test_a_sealed_checkpoint_verifies(folder: Path) -> None:
     checkpoint.verify()
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert present - {*checkpoint.manifest.files} == {"mtserve.json", "README.md", sealing.INDEX}
+    assert all((folder / name).stat().st_mode & 0o444 == 0o444 for name in present)  # a server's user may read them
 
 
 def test_plain_transformers_loads_the_trunk(folder: Path) -> None:

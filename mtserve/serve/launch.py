@@ -29,7 +29,7 @@ def command(locations: Sequence[str], *, host: str = "127.0.0.1", port: int = 30
     wanted = list(locations or read_settings().model)
     open_checkpoints(wanted)
     address = _address(host)
-    _check_free(address, port)
+    check_free(address, port)
     argv = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", address, "--port", str(port)]
     return argv, {
         **os.environ,
@@ -53,7 +53,8 @@ def _address(host: str) -> str:
         raise ConfigError(f"host must be an IP address or localhost; found {host!r}") from error
 
 
-def _check_free(address: str, port: int) -> None:
+def check_free(address: str, port: int) -> None:
+    """Raise ConfigError for a port that is none, SetupError for one that another program holds."""
     if not 1 <= port <= 65535:
         raise ConfigError(f"port must be in 1..65535; found {port}")
     family = socket.AF_INET6 if ":" in address else socket.AF_INET

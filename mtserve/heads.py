@@ -125,7 +125,8 @@ class StockHead(nn.Module):
         if hidden.grad is None:
             return "pooled"
         used = hidden.grad.abs().sum((0, 2)) > 0  # (seq,)
-        return {(0,): "first", (4,): "last"}.get(tuple(used.nonzero().flatten().tolist()), "all")  # type: ignore[return-value]
+        positions = used.nonzero().flatten().tolist()
+        return "first" if positions == [0] else "last" if positions == [4] else "all"
 
 
 class PoolingHead(nn.Module):

@@ -6,9 +6,9 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mtserve.errors import CheckpointError
 from mtserve.tasks import KINDS
@@ -17,7 +17,25 @@ from mtserve.text import TextSpec
 
 FORMAT = 1
 MANIFEST = "mtserve.json"
-TASK_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+_TASK_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+
+
+def check_task_name(name: str) -> str:
+    """The name itself: it is a folder, a URL and a column too. Raises ValueError."""
+    if not _TASK_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no task name; allowed: {_TASK_NAME.pattern}")
+    return name
+
+
+def check_kind(kind: str) -> str:
+    """The name itself. Raises ValueError if no kind has it."""
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r} is no kind of task; allowed: {', '.join(KINDS)}")
+    return kind
+
+
+TaskName = Annotated[str, AfterValidator(check_task_name)]
+KindName = Annotated[str, AfterValidator(check_kind)]
 
 
 class _Entry(BaseModel):
@@ -45,8 +63,8 @@ class TrunkEntry(_Entry):
 class TaskEntry(_Entry):
     """One task: `trunk` is the fingerprint that its head was trained on; paths are None where there is no file."""
 
-    name: str
-    kind: str
+    name: TaskName
+    kind: KindName
     options: dict[str, Any]
     trunk: str
     weights: str | None
@@ -55,20 +73,6 @@ class TaskEntry(_Entry):
     golden: str | None = None
     calibration: str | None = None
     metrics: dict[str, float] = {}
-
-    @field_validator("name")
-    @classmethod
-    def _is_a_name(cls, name: str) -> str:
-        if not TASK_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no task name; allowed: {TASK_NAME.pattern}")
-        return name
-
-    @field_validator("kind")
-    @classmethod
-    def _is_a_kind(cls, kind: str) -> str:
-        if kind not in KINDS:
-            raise ValueError(f"{kind!r} is no kind of task; allowed: {', '.join(KINDS)}")
-        return kind
 
     @model_validator(mode="after")
     def _options_fit(self) -> TaskEntry:

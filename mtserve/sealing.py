@@ -23,7 +23,16 @@ from typing import Any
 
 from mtserve.checkpoint import Checkpoint, fingerprint, sha256_file
 from mtserve.errors import CheckpointError
-from mtserve.manifest import FORMAT, MANIFEST, TASK_NAME, FileEntry, GoldenRow, TaskEntry, TrunkEntry, checked_manifest
+from mtserve.manifest import (
+    FORMAT,
+    MANIFEST,
+    FileEntry,
+    GoldenRow,
+    TaskEntry,
+    TrunkEntry,
+    check_task_name,
+    checked_manifest,
+)
 from mtserve.safetensors_file import parameters, read_header
 from mtserve.tasks.base import Options
 from mtserve.text import TextSpec
@@ -75,8 +84,10 @@ def seal(
     """
     _refuse_foreign(folder)
     for task in tasks:
-        if not TASK_NAME.fullmatch(task.name):
-            raise CheckpointError(f"{task.name!r} is no task name; allowed: {TASK_NAME.pattern}")
+        try:
+            check_task_name(task.name)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
     folder.mkdir(parents=True, exist_ok=True)
     writer = _Writer(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".sealing-") as aside:

@@ -14,10 +14,9 @@ from transformers import AutoConfig, AutoModel
 
 from mtserve.checkpoint import Checkpoint
 from mtserve.errors import CheckpointError
-from mtserve.manifest import GoldenRow
+from mtserve.manifest import GoldenRow, check_kind
 from mtserve.model import Model
 from mtserve.sealing import TaskPart, TrunkPart
-from mtserve.tasks import KINDS
 from mtserve.tasks.base import Options
 from mtserve.trunk import hidden_size, is_causal, max_length, no_progress_bars
 
@@ -79,12 +78,10 @@ def task_part(
     metrics: Mapping[str, float] | None = None,
 ) -> TaskPart:
     """One task of the model, ready to be sealed; tensors tied to the trunk are named, not stored."""
-    if kind not in KINDS:
-        raise ValueError(f"{kind!r} is no kind of task; allowed: {', '.join(KINDS)}")
     tensors, config = model.head_tensors(name), model.head(name).config
     return TaskPart(
         name=name,
-        kind=kind,
+        kind=check_kind(kind),
         options=options,
         write=partial(_save, tensors) if tensors else None,
         config=None if config is None else json.loads(config.to_json_string(use_diff=True)),

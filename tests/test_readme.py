@@ -66,7 +66,7 @@ def url(folder: Path) -> Iterator[str]:
             try:
                 urllib.request.urlopen(f"{address}/readyz", timeout=5).close()
                 break
-            except (urllib.error.URLError, ConnectionError):
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
                 assert child.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.2)

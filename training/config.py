@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mtserve.errors import ConfigError
-from mtserve.manifest import TASK_NAME
+from mtserve.manifest import KindName, TaskName
 from mtserve.tasks import KINDS
 from mtserve.tasks.base import AnyKind
 
@@ -66,19 +66,12 @@ class Source(_Section):
 class TaskConfig(_Section):
     """One task: its kind, its data, and its share of the loss."""
 
-    kind: str
+    kind: KindName
     options: dict[str, Any] = {}
     train: Source
     eval: Source
     weight: float = Field(default=1.0, gt=0)
     batch_size: int | None = Field(default=None, ge=1)
-
-    @field_validator("kind")
-    @classmethod
-    def _is_a_kind(cls, kind: str) -> str:
-        if kind not in KINDS:
-            raise ValueError(f"{kind!r} is no kind of task; allowed: {', '.join(KINDS)}")
-        return kind
 
     @model_validator(mode="after")
     def _fields_exist(self) -> TaskConfig:
@@ -118,20 +111,12 @@ class RunConfig(_Section):
     overwrite: bool = False
     seed: int = Field(default=0, ge=0)
     license: str | None = None
-    tasks: dict[str, TaskConfig] = Field(min_length=1)
+    tasks: dict[TaskName, TaskConfig] = Field(min_length=1)
     training: Training = Training()
     mixture: Literal["proportional"] = "proportional"
     on_bad_record: Literal["stop", "skip"] = "stop"
     golden_rows: int = Field(default=4, ge=0)
     calibration_rows: int = Field(default=200, ge=0)
-
-    @field_validator("tasks")
-    @classmethod
-    def _named(cls, tasks: dict[str, TaskConfig]) -> dict[str, TaskConfig]:
-        for name in tasks:
-            if not TASK_NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is no task name; allowed: {TASK_NAME.pattern}")
-        return tasks
 
     def batch_size(self, task: str) -> int:
         """Examples in a batch of one task."""

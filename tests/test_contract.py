@@ -149,7 +149,7 @@ def test_mixed_batches_answer_as_single_calls(name: str) -> None:
     asked = items(small)
     alone = [small.engine.predict(task, [item])[0] for task, item in asked]
 
-    @settings(max_examples=40, deadline=None, derandomize=True)
+    @settings(max_examples=40)
     @given(order=st.permutations(range(len(asked))), budget=st.integers(1, 600))
     def check(order: list[int], budget: int) -> None:
         small.engine.max_batch_tokens = budget

@@ -61,7 +61,7 @@ def url(folder: Path) -> Iterator[str]:
     child = subprocess.Popen(argv, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 150
         while True:
             try:
                 urllib.request.urlopen(f"{address}/readyz", timeout=5).close()

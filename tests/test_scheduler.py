@@ -107,7 +107,7 @@ jobs = st.builds(Job, text=st.integers(0, 6), tokens=st.integers(1, 12), steps=s
 healthy = st.builds(Job, text=st.integers(0, 6), tokens=st.integers(1, 12), steps=st.integers(1, 4))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(requests=st.lists(st.lists(healthy, max_size=5), max_size=8), budget=st.sampled_from([1, 8, 30, 1000]))
 def test_1_every_work_is_answered_once_in_order(requests: list[list[Job]], budget: int) -> None:
     async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
@@ -120,7 +120,7 @@ def test_1_every_work_is_answered_once_in_order(requests: list[list[Job]], budge
     run(check, FakeEngine(max_batch_tokens=budget))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=12))
 def test_2_accepted_whole_or_refused_whole(sizes: list[int]) -> None:
     async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
@@ -165,7 +165,7 @@ def test_2_a_full_queue_refuses_before_tokenising() -> None:
     run(check, FakeEngine(), max_queue_tokens=10)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(first=st.lists(healthy, min_size=1, max_size=20), budget=st.sampled_from([1, 8, 30]))
 def test_3_steps_start_in_order_and_hold_what_fits(first: list[Job], budget: int) -> None:
     """With everything queued beforehand, each step is the longest prefix of what waits that fits beside the rest."""
@@ -219,7 +219,7 @@ def test_3_new_works_join_between_the_steps_of_others() -> None:
     run(check, FakeEngine())
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(cancelled=st.lists(st.booleans(), min_size=1, max_size=8))
 def test_4_works_of_a_cancelled_request_never_start(cancelled: list[bool]) -> None:
     async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
@@ -260,7 +260,7 @@ def test_4_running_works_of_a_cancelled_request_stop_between_steps() -> None:
     run(check, FakeEngine())
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(requests=st.lists(st.lists(jobs, min_size=1, max_size=4), min_size=1, max_size=6))
 def test_5_a_poison_work_fails_its_own_request_only(requests: list[list[Job]]) -> None:
     async def check(scheduler: Scheduler, engine: FakeEngine) -> None:

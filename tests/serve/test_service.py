@@ -46,14 +46,14 @@ def server(checkpoints: tuple[str, str], tmp_path_factory: pytest.TempPathFactor
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                assert process.wait(20) == 0
+                assert process.wait(60) == 0
             finally:
                 process.kill()
     assert "Traceback" not in (home / "log").read_text()
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150
     while time.monotonic() < end and process.poll() is None:
         try:
             if httpx.get(url + "/readyz").status_code == 200:

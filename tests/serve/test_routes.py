@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -272,12 +273,19 @@ def test_429_says_when_to_come_back(client: TestClient, table: TaskTable) -> Non
     assert response.headers["retry-after"] == "1"
 
 
-def test_a_client_that_goes_away_cancels_its_request(table: TaskTable, assets: Path) -> None:
+def test_a_client_that_goes_away_cancels_its_request(
+    table: TaskTable, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Straight on the ASGI interface: the client is gone once its body is read, while the engine is held up."""
     trunk = table.task("forth").trunk
+    held, step = threading.Event(), trunk.engine.step
     sent: list[Any] = []
     messages = [{"type": "http.request", "body": b'{"inputs": "good"}'}, {"type": "http.disconnect"}]
     scope = {"type": "http", "method": "POST", "path": "/tasks/forth", "headers": [], "query_string": b""}
+
+    def held_step(works: Any) -> Any:
+        assert held.wait(30)
+        return step(works)
 
     async def receive() -> Any:
         return messages.pop(0)
@@ -285,11 +293,15 @@ def test_a_client_that_goes_away_cancels_its_request(table: TaskTable, assets: P
     async def send(message: Any) -> None:
         sent.append(message)
 
+    monkeypatch.setattr(trunk.engine, "step", held_step)
     before = trunk.engine.counters.trunk_passes
     asyncio.run(make_app(Root(table), assets=assets)(scope, receive, send))
     assert sent[0]["status"] == 499
     assert not trunk.scheduler._waiting
-    assert trunk.engine.counters.trunk_passes <= before + 1
+    held.set()
+    last = trunk.engine.prepare_all("forth", ["bad"], {"max_new_tokens": 1})
+    asyncio.run(trunk.scheduler.submit(last))  # one pass; what was cancelled had at most the one that it was in
+    assert trunk.engine.counters.trunk_passes <= before + 2
 
 
 def test_503_before_the_model_is_loaded(assets: Path) -> None:

@@ -43,7 +43,7 @@ def train(
 
 @app.command()
 def serve(
-    models: Annotated[list[str], typer.Argument(help="Checkpoints: folders or hub ids. Each trunk is loaded once.")],
+    models: Annotated[list[str], typer.Argument(help="Checkpoints: folders or hub ids, all in one process.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 3000,
 ) -> None:

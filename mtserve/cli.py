@@ -6,6 +6,7 @@ Data goes to stdout, messages to stderr. Knows no model and no route; every comm
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -106,7 +107,9 @@ def inspect(
     if verify:
         reports = inspection.verify(checkpoint)
         failed = not all(report.reproduced for report in reports)
-        facts["golden"] = {r.task: {"rows": r.rows, "difference": r.difference, "ok": r.reproduced} for r in reports}
+        facts["golden"] = {
+            r.task: {"rows": r.rows, "difference": _finite(r.difference), "ok": r.reproduced} for r in reports
+        }
     if against is not None:
         facts["against"] = inspection.compare(checkpoint, Checkpoint.open(resolve(against)))
     if as_json:
@@ -153,6 +156,11 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def _finite(value: float) -> float | None:
+    """A number as JSON can hold it."""
+    return value if math.isfinite(value) else None
+
+
 def _print_facts(facts: dict[str, Any]) -> None:
     trunk, mib = facts["trunk"], {name: size / 2**20 for name, size in facts["bytes"].items()}
     longest = "rows of any length" if trunk["max_length"] is None else f"rows up to {trunk['max_length']} tokens"
@@ -173,7 +181,8 @@ def _print_facts(facts: dict[str, Any]) -> None:
         report = facts.get("golden", {}).get(task["name"])
         if report:
             verdict = "reproduced" if report["ok"] else "NOT reproduced"
-            typer.echo(f"  golden rows {verdict}, largest difference {report['difference']:.2g}")
+            difference = "not finite" if report["difference"] is None else f"{report['difference']:.2g}"
+            typer.echo(f"  golden rows {verdict}, largest difference {difference}")
     if "against" in facts:
         typer.echo("\nagainst the other model: " + json.dumps(facts["against"], ensure_ascii=False, indent=1))
 

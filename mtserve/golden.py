@@ -10,6 +10,7 @@ import numpy as np
 from mtserve.engine import Engine
 from mtserve.errors import CheckpointError
 from mtserve.manifest import GOLDEN_WIDTH, GoldenRow
+from mtserve.rows import Floats
 from mtserve.tasks.base import Example
 
 
@@ -27,8 +28,11 @@ def golden_rows(engine: Engine, task: str, examples: Iterable[Example]) -> list[
 
 @dataclass(frozen=True)
 class GoldenReport:
-    """How far an engine is from a task's golden rows: the largest difference, as a share of what is tolerated (in
-    units of `tolerance` times the larger of 1 and the largest golden logit)."""
+    """How far an engine is from a task's golden rows.
+
+    difference   the largest of a logit, over the larger of 1 and the row's largest golden logit; infinite where a
+                 logit is no finite number
+    """
 
     task: str
     rows: int
@@ -56,5 +60,15 @@ def check_golden(engine: Engine, task: str, rows: Sequence[GoldenRow], *, tolera
             if found.shape != expected.shape:
                 raise CheckpointError(f"task {task!r}: golden row {number} has logits of another shape")
             scale = max(1.0, float(np.abs(expected).max(initial=0)))
-            worst = max(worst, float(np.abs(found - expected).max(initial=0)) / scale)
+            worst = max(worst, largest_difference(found, expected) / scale)
     return GoldenReport(task, len(rows), worst, tolerance)
+
+
+def largest_difference(one: Floats, other: Floats) -> float:
+    """Largest absolute difference of two arrays; infinite where they have other shapes or hold no finite numbers.
+
+    NaN is no difference: `max` would drop it, and a broken model would pass for an exact one.
+    """
+    if one.shape != other.shape or not (np.isfinite(one).all() and np.isfinite(other).all()):
+        return float("inf")
+    return float(np.abs(one - other).max(initial=0))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isfinite
 from typing import Any
-
-import numpy as np
 
 from mtserve.checkpoint import Checkpoint
 from mtserve.engine import Engine
-from mtserve.golden import GoldenReport, check_golden
+from mtserve.golden import GoldenReport, check_golden, largest_difference
 from mtserve.loading import load_checkpoint
 
 MOST_COMPARED = 200
@@ -57,7 +56,7 @@ def verify(checkpoint: Checkpoint) -> list[GoldenReport]:
 
 def golden_reports(checkpoint: Checkpoint, engine: Engine) -> list[GoldenReport]:
     """One report for each task, over its golden rows, with the tolerance of the profile in force."""
-    tolerance = checkpoint.manifest.profiles[engine.backend.profile].tolerance
+    tolerance = checkpoint.manifest.tolerance(engine.backend.profile)
     return [
         check_golden(engine, task.name, checkpoint.golden(task.name), tolerance=tolerance)
         for task in checkpoint.manifest.tasks
@@ -87,7 +86,8 @@ def compare(one: Checkpoint, other: Checkpoint) -> dict[str, Any]:
 
 
 def _answers_differ(engines: tuple[Engine, Engine], task: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Both engines' answers to the same inputs. Outputs of another shape count as different, without a distance."""
+    """Both engines' answers to the same inputs; the difference is None between outputs of other shapes, or where one
+    is no finite number."""
     kind = engines[0].task(task).kind
     fields = kind.example.model_fields
     examples = [kind.parse({name: record[name] for name in fields if name in record}) for record in records]
@@ -97,8 +97,8 @@ def _answers_differ(engines: tuple[Engine, Engine], task: str, records: list[dic
     worst = 0.0
     for a, b in zip(*works, strict=True):
         for x, y in zip(a.logits, b.logits, strict=False):
-            worst = max(worst, float(np.abs(x - y).max(initial=0)) if x.shape == y.shape else float("inf"))
-    return {"rows": len(records), "flips": changed, "largest_logit_difference": worst}
+            worst = max(worst, largest_difference(x, y))
+    return {"rows": len(records), "flips": changed, "largest_logit_difference": worst if isfinite(worst) else None}
 
 
 def _decisions(prediction: Any) -> list[Any]:

@@ -120,6 +120,13 @@ class Manifest(_Entry):
                 raise ValueError(f"{name!r} is not a plain path inside the checkpoint")
         return files
 
+    def tolerance(self, profile: str) -> float:
+        """That of an accepted profile. Raises CheckpointError for another one."""
+        if profile not in self.profiles:
+            accepted = ", ".join(self.profiles) or "none"
+            raise CheckpointError(f"profile {profile} is not accepted by the checkpoint; accepted: {accepted}")
+        return self.profiles[profile].tolerance
+
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         names = [task.name for task in self.tasks]

@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mtserve.errors import CheckpointError
 from mtserve.heads import Head, PoolingHead, StockHead, TrunkStates
@@ -26,9 +26,13 @@ class Model(nn.Module):
         accepted = inspect.signature(trunk.forward).parameters
         self._uses_types = "token_type_ids" in accepted and getattr(trunk.config, "type_vocab_size", 0) > 1
 
-    def add(self, task: str, spec: HeadSpec) -> Head:
-        """Put a fresh head on the trunk. An output matrix that the family ties to its embeddings is the trunk's own."""
-        head: Head = PoolingHead(spec) if spec.architecture == "pooling" else StockHead(spec, self.trunk.config)
+    def add(self, task: str, spec: HeadSpec, *, config: PretrainedConfig | None = None) -> Head:
+        """Put a fresh head on the trunk, made by `config` where the head has one of its own.
+
+        An output matrix that the family ties to its embeddings is the trunk's own.
+        """
+        made_by = config or self.trunk.config
+        head: Head = PoolingHead(spec) if spec.architecture == "pooling" else StockHead(spec, made_by)
         if isinstance(head, StockHead) and self.trunk.config.tie_word_embeddings:
             head.tie(self.trunk)
         self.heads[module_name(task)] = head.train(self.training)

@@ -182,13 +182,11 @@ class _Writer:
 
 
 def _refuse_foreign(folder: Path) -> None:
+    """A folder without a manifest must hold nothing, since sealing removes what no manifest names."""
     if folder.exists() and not (folder / MANIFEST).exists():
-        others = (
-            [p.name for p in folder.iterdir() if not p.name.startswith(".sealing-")] if folder.is_dir() else ["a file"]
-        )
-        unfinished = {"trunk", "heads", "golden", "calibration", "tokenizer.json", "README.md"}
-        if set(others) - unfinished:
-            raise CheckpointError(f"{folder} holds something else ({sorted(others)[0]}); choose an empty folder")
+        found = [folder] if not folder.is_dir() else [p for p in folder.iterdir() if not p.name.startswith(".sealing-")]
+        if found:
+            raise CheckpointError(f"{folder} holds something else ({min(found).name}); choose an empty folder")
 
 
 def _remove_unnamed(folder: Path, named: set[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from mtserve.checkpoint import Checkpoint
 from mtserve.errors import CheckpointError
@@ -27,7 +27,7 @@ def load_model(checkpoint: Checkpoint) -> Model:
     Raises CheckpointError if tensors are missing, left over or of a wrong shape.
     """
     manifest = checkpoint.manifest
-    config = AutoConfig.from_pretrained(checkpoint.folder / "trunk", local_files_only=True, trust_remote_code=False)
+    config = _config(checkpoint.folder / "trunk/config.json")
     state = load_file(checkpoint.folder / manifest.trunk.weights)
     family = AutoModel._model_mapping[type(config)]
     with no_progress_bars():
@@ -40,10 +40,20 @@ def load_model(checkpoint: Checkpoint) -> Model:
             raise CheckpointError(f"{checkpoint.folder}: trunk weights do not fit their config: {fault[:-5]} {first}")
     model = Model(trunk.eval())
     for task in manifest.tasks:
-        model.add(task.name, task.handler.head(task.parsed_options))
+        own = None if task.config is None else _config(checkpoint.folder / task.config)
+        model.add(task.name, task.handler.head(task.parsed_options), config=own)
         tensors = load_file(checkpoint.folder / task.weights) if task.weights else {}
         model.load_head(task.name, tensors, task.tied)
     return model.eval()
+
+
+def _config(path: Path) -> PretrainedConfig:
+    """A Transformers config from its file. Raises CheckpointError."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return AutoConfig.for_model(raw.pop("model_type"), **raw)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is no model config: {error}") from error
 
 
 def trunk_part(model: Model, *, source: str) -> TrunkPart:

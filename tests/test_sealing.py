@@ -161,6 +161,15 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("name", ["trunk/model.safetensors", "README.md", "heads/notes.txt"])
+def test_files_that_no_manifest_ever_named_are_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(CheckpointError, match="holds something else"):
+        write_checkpoint(tmp_path, tiny("bert", only=("topic",)))
+    assert (tmp_path / name).read_text() == "precious"
+
+
 def test_the_fingerprint_changes_with_one_weight_and_with_the_tokenizer(tmp_path: Path) -> None:
     first = write_checkpoint(tmp_path / "a", tiny("bert", only=("topic",))).manifest.trunk.fingerprint
     again = write_checkpoint(tmp_path / "b", tiny("bert", only=("topic",))).manifest.trunk.fingerprint
@@ -234,6 +243,15 @@ def test_lying_safetensors_headers_are_refused(tmp_path: Path, header: bytes) ->
     path.write_bytes(header)
     with pytest.raises(CheckpointError, match=r"x\.safetensors"):
         sealing.read_header(path)
+
+
+@pytest.mark.parametrize("pattern", ["trunk/config.json", "heads/topic/config-*.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "poem"}'])
+def test_damaged_configs_are_refused(folder: Path, pattern: str, content: str) -> None:
+    (path,) = folder.glob(pattern)
+    path.write_text(content.ljust(path.stat().st_size))
+    with pytest.raises(CheckpointError, match="is no model config"):
+        load_model(Checkpoint.open(folder))
 
 
 def test_head_tensors_must_fit(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -14,14 +15,17 @@ from transformers import AutoConfig, AutoModel
 from mtserve.backends.eager import EagerBackend
 from mtserve.checkpoint import Checkpoint
 from mtserve.engine import Engine, Task
+from mtserve.errors import CheckpointError, ResolveError
+from mtserve.golden import check_golden, golden_rows
 from mtserve.inspection import compare, verify
 from mtserve.loading import load
 from mtserve.model import Model
+from mtserve.sealing import seal
 from mtserve.tasks import KINDS
 from mtserve.text import Text, text_spec
-from mtserve.weights import load_model
+from mtserve.weights import load_model, task_part, trunk_part
 from tests.test_contract import items
-from tests.tiny import EOS, FAMILIES, PAD, TOKENIZER_JSON, VOCAB, Tiny, tiny, write_checkpoint
+from tests.tiny import EOS, FAMILIES, OPTIONS, PAD, TOKENIZER_JSON, VOCAB, Tiny, tiny, write_checkpoint
 
 READ_AGAIN = """
 import json, sys
@@ -65,12 +69,57 @@ def test_golden_rows_are_reproduced(name: str, tmp_path: Path) -> None:
 
 def test_another_trunk_does_not_reproduce_golden_rows(tmp_path: Path) -> None:
     small = tiny("bert", only=("topic", "names"))
-    from mtserve.golden import check_golden, golden_rows
-
     rows = golden_rows(small.engine, "topic", [small.tasks[0].kind.sample(small.tasks[0].options)])
     for parameter in small.model.trunk.parameters():
         parameter.data += 0.1
     assert not check_golden(small.engine, "topic", rows, tolerance=1e-4).reproduced
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_reproduce_nothing(value: float) -> None:
+    small = tiny("bert", only=("topic",))
+    rows = golden_rows(small.engine, "topic", [small.tasks[0].kind.sample(small.tasks[0].options)])
+    next(small.model.head("topic").parameters()).data.fill_(value)
+    assert not check_golden(small.engine, "topic", rows, tolerance=1e-4).reproduced
+
+
+def test_compare_says_when_logits_are_no_numbers(tmp_path: Path) -> None:
+    fine, broken = tiny("bert", only=("topic",)), tiny("bert", only=("topic",))
+    next(broken.model.head("topic").parameters()).data.fill_(float("nan"))
+    found = compare(write_checkpoint(tmp_path / "a", fine), write_checkpoint(tmp_path / "b", broken, golden=False))
+    assert found["tasks"]["topic"]["largest_logit_difference"] is None
+
+
+def test_a_head_is_loaded_with_its_own_config(tmp_path: Path) -> None:
+    """Not with the trunk's: a head that was trained elsewhere may differ in its pooling, say."""
+    small = tiny("modernbert", only=())
+    trunk = small.model.trunk
+    config = copy.deepcopy(trunk.config)
+    config.classifier_pooling = "mean"
+    options = KINDS["classification"].options.model_validate(OPTIONS["topic"][1])
+    head = small.model.add("topic", KINDS["classification"].head(options), config=config)
+    assert (trunk.config.classifier_pooling, head.reads) == ("cls", "all")
+    part = task_part(small.model, "topic", kind="classification", options=options)
+    checkpoint = seal(
+        tmp_path / "x",
+        trunk_part(small.model, source="random"),
+        tasks=[part],
+        tokenizer_json=TOKENIZER_JSON,
+        text=small.spec,
+        provenance={},
+        card="",
+        written_by="tests",
+    )
+    assert load_model(checkpoint).head("topic").reads == "all"
+
+
+def test_a_profile_that_is_not_accepted_is_said_so(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "x", tiny("bert", only=("topic",))).folder
+    raw = json.loads((folder / "mtserve.json").read_text())
+    raw["profiles"] = {"bf16": {"tolerance": 0.01}}
+    (folder / "mtserve.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="profile fp32 is not accepted by the checkpoint; accepted: bf16"):
+        verify(Checkpoint.open(folder))
 
 
 def distinct_bytes(model: Model) -> int:
@@ -173,8 +222,6 @@ def test_compare(tmp_path: Path) -> None:
 
 
 def test_load_takes_a_folder_or_says_what_it_takes(tmp_path: Path) -> None:
-    from mtserve.errors import CheckpointError, ResolveError
-
     with pytest.raises(ResolveError, match="does not exist; a model is a folder or a hub id"):
         load(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="is not a checkpoint"):

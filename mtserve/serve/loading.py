@@ -69,15 +69,12 @@ def _golden(checkpoint: Checkpoint, engine: Engine, entry: TaskEntry) -> tuple[G
     if not rows:
         return None, None
     name = engine.backend.profile
-    profile = checkpoint.manifest.profiles.get(name)
-    if profile is None:
-        accepted = ", ".join(checkpoint.manifest.profiles)
-        return None, f"task {entry.name!r}: profile {name} is not accepted by the checkpoint; accepted: {accepted}"
     try:
-        report = check_golden(engine, entry.name, rows, tolerance=profile.tolerance)
+        tolerance = checkpoint.manifest.tolerance(name)
+        report = check_golden(engine, entry.name, rows, tolerance=tolerance)
     except CheckpointError as error:
-        return None, str(error)
+        return None, f"task {entry.name!r}: {str(error).removeprefix(f'task {entry.name!r}: ')}"
     if report.reproduced:
         return report, None
-    found = f"differ by {report.difference:.2g}; profile {name} allows {profile.tolerance:.2g}"
+    found = f"differ by {report.difference:.2g}; profile {name} allows {tolerance:.2g}"
     return report, f"task {entry.name!r}: the logits of the golden rows {found}"

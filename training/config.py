@@ -8,66 +8,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mtserve.errors import ConfigError
 from mtserve.manifest import KindName, TaskName
 from mtserve.tasks import KINDS
 from mtserve.tasks.base import AnyKind
-
-SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
-
-
-class _Section(BaseModel):
-    """A mapping of the run file; an unknown key is an error that says which keys there are."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            unknown = [key for key in data if key not in cls.model_fields]
-            if unknown:
-                raise ValueError(f"unknown key {str(unknown[0])!r}; allowed: {', '.join(cls.model_fields)}")
-        return data
+from training.section import Section
+from training.source import Source
 
 
-class Source(_Section):
-    """Where records are: a file beside the run file (`path`), or a data set (`hub`: a hub name, or its folder)."""
-
-    path: str | None = None
-    hub: str | None = None
-    config: str | None = None
-    split: str | None = None
-    revision: str | None = None
-    columns: dict[str, str] = {}
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Source:
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("give either path or hub")
-        if self.path is not None:
-            extra = [name for name in ("config", "split", "revision") if getattr(self, name) is not None]
-            if extra:
-                raise ValueError(f"{extra[0]} goes with hub, not with path")
-            if Path(self.path).suffix not in SUFFIXES:
-                raise ValueError(f"{self.path!r} has no known format; allowed: {', '.join(SUFFIXES)}")
-        elif self.split is None:
-            raise ValueError("a hub data set needs a split")
-        return self
-
-    @property
-    def shown(self) -> str:
-        """The source in a few words, for people."""
-        return self.path or "/".join(part for part in (self.hub, self.config, self.split) if part is not None)
-
-
-class TaskConfig(_Section):
+class TaskConfig(Section):
     """One task: its kind, its data, and its share of the loss."""
 
     kind: KindName
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
     train: Source
     eval: Source
     weight: float = Field(default=1.0, gt=0)
@@ -85,7 +40,7 @@ class TaskConfig(_Section):
         return KINDS[self.kind]
 
 
-class Training(_Section):
+class Training(Section):
     """How the weights are changed; batch sizes count examples, learning rates are those after the warm-up."""
 
     epochs: float = Field(default=3.0, gt=0)
@@ -102,7 +57,7 @@ class Training(_Section):
     logging_steps: int = Field(default=10, ge=1)
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A whole run. Data paths and a trunk's path are relative to the run file, `output` to the working directory."""
 
     trunk: str

@@ -14,8 +14,9 @@ from mtserve.rows import Row
 from mtserve.tasks.base import AnyKind, Example, Options
 from mtserve.tasks.validation import validate
 from mtserve.text import Text
-from training.config import Source, TaskConfig
-from training.readers import BadRecord, Record, fingerprint, read
+from training.config import TaskConfig
+from training.readers import BadRecord, Record
+from training.source import Source, fingerprint, read
 
 Feature = tuple[list[Row], Any]
 """The rows of a training example and the target that its loss compares their logits with."""

@@ -10,8 +10,8 @@ import datasets
 import pytest
 
 from mtserve.errors import ConfigError
-from training.config import Source
-from training.readers import BadRecord, Record, fingerprint, read
+from training.readers import BadRecord, Record
+from training.source import Source, fingerprint, read
 
 RECORDS = [{"text": 'Ein Gruß, "ja"', "label": "good"}, {"text": "two\nlines", "label": "bad"}]
 

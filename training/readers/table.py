@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mtserve.errors import ConfigError
-from training.config import Source
 from training.readers.record import Record
 
 
@@ -16,12 +15,12 @@ def read_parquet(path: Path) -> Iterator[Record]:
     return _rows(path.name, "parquet", data_files=str(path), split="train", streaming=True)
 
 
-def read_hub(source: Source, base: Path) -> Iterator[Record]:
+def read_hub(
+    name: str, *, base: Path, shown: str, config: str | None, split: str | None, revision: str | None
+) -> Iterator[Record]:
     """Records of a data set: a folder relative to `base`, else a name on the hub. Raises ConfigError."""
-    assert source.hub is not None
-    folder = base / source.hub
-    place = str(folder) if folder.is_dir() else source.hub
-    return _rows(source.shown, place, name=source.config, split=source.split, revision=source.revision)
+    folder = base / name
+    return _rows(shown, str(folder) if folder.is_dir() else name, name=config, split=split, revision=revision)
 
 
 def _rows(shown: str, place: str, **which: Any) -> Iterator[Record]:

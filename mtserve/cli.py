@@ -173,8 +173,11 @@ def _print_facts(facts: dict[str, Any]) -> None:
     for task in facts["tasks"]:
         labels = f" of {', '.join(task['labels'])}" if task["labels"] else ""
         typer.echo(f"\n{task['name']}: {task['kind']}{labels}")
-        options = {name: value for name, value in task["options"].items() if name != "labels"}
+        options = {name: value for name, value in task["options"].items() if name not in {"labels", "preparation"}}
         typer.echo("  options: " + ", ".join(f"{name} {json.dumps(value)}" for name, value in options.items()))
+        alone = "" if task["shares_passes"] else " (its own: it shares no passes with the other tasks)"
+        if task["preparation"] or alone:
+            typer.echo(f"  preparation: {', '.join(task['preparation']) or 'none'}{alone}")
         if task["metrics"]:
             typer.echo("  metrics: " + ", ".join(f"{name} {value:.3f}" for name, value in task["metrics"].items()))
         typer.echo(f"  rows: {task['golden_rows']} golden, {task['calibration_rows']} calibration")

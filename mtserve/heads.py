@@ -25,6 +25,7 @@ _AUTO = {
     "token_classification": "AutoModelForTokenClassification",
     "multiple_choice": "AutoModelForMultipleChoice",
     "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
 }
 
 
@@ -83,7 +84,8 @@ class StockHead(nn.Module):
         stock.to_empty(device="cpu")
         stock.initialize_weights()
         self.stock: PreTrainedModel = stock
-        self.per_token = spec.architecture in ("token_classification", "causal_lm")
+        self.per_token = spec.architecture in ("token_classification", "causal_lm", "masked_lm")
+        self.ties_inside = spec.architecture == "masked_lm"  # never sealed: a file of tensors holds none twice
         self.choice_axis = spec.architecture == "multiple_choice" and "MultipleChoice" in type(stock).__name__
         self.reads: Reads = spec.reads or self._found_reads(config)
 
@@ -108,9 +110,10 @@ class StockHead(nn.Module):
         """Make the trunk's tensors of those that the family declares as tied between head and trunk."""
         prefix = self.stock.base_model_prefix + "."
         for name, source in dict(self.stock._tied_weights_keys or {}).items():
-            if source.startswith(prefix):
+            of_trunk = source.startswith(prefix)
+            if of_trunk or self.ties_inside:
                 owner, _, attribute = name.rpartition(".")
-                tensor = trunk.get_parameter(source.removeprefix(prefix))
+                tensor = (trunk if of_trunk else self.stock).get_parameter(source.removeprefix(prefix))
                 setattr(self.stock.get_submodule(owner), attribute, tensor)
 
     def _found_reads(self, config: PretrainedConfig) -> Reads:
@@ -162,7 +165,7 @@ def stock_class(spec: HeadSpec, config: PretrainedConfig) -> tuple[Any, Pretrain
     if not _has(architecture, config):
         family, kinds = config.model_type, ", ".join(a for a in _AUTO if _has(a, config))
         raise CheckpointError(f"{family} has no stock model for {architecture}; it has {kinds or 'none'}")
-    if architecture != "causal_lm":
+    if architecture not in ("causal_lm", "masked_lm"):
         config.id2label = dict(enumerate(spec.labels))
         config.label2id = {label: index for index, label in enumerate(spec.labels)}
         config.problem_type = spec.problem_type

@@ -25,6 +25,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
             "kind": task.kind,
             "labels": list(task.handler.label_names(task.parsed_options)),
             "options": task.options,
+            **_preparation(task.parsed_options.preparation, manifest.text.preparation),
             "metrics": task.metrics,
             "tied": task.tied,
             "golden_rows": len(checkpoint.golden(task.name)),
@@ -43,6 +44,11 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": {"all": sum(sizes.values()), "trunk": sizes[manifest.trunk.weights], "heads": heads},
         "provenance": manifest.provenance,
     }
+
+
+def _preparation(own: tuple[str, ...] | None, shared: tuple[str, ...]) -> dict[str, Any]:
+    """The steps in force for a task, and whether its rows can be those of the checkpoint's other tasks."""
+    return {"preparation": list(shared if own is None else own), "shares_passes": own is None or own == shared}
 
 
 def verify(checkpoint: Checkpoint) -> list[GoldenReport]:

@@ -6,7 +6,8 @@ Invariants (tests/test_sealing.py holds them):
    would change is refused.
 2. Files are written aside, synced and renamed; the manifest is replaced last, at once. A crash at any moment leaves
    the old checkpoint or the new one. Files that no manifest names are removed after the commit.
-3. What is not load-bearing (the card, the index through which plain Transformers finds the trunk) follows the commit.
+3. What is not load-bearing (the card and its figures, the index through which plain Transformers finds the trunk)
+   follows the commit.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mtserve.checkpoint import Checkpoint, fingerprint, sha256_file
@@ -38,6 +41,7 @@ from mtserve.tasks.base import Options
 from mtserve.text import TextSpec
 
 INDEX = "trunk/model.safetensors.index.json"
+_FIGURE = re.compile(r"figures/[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,17 @@ def seal(
     provenance: Mapping[str, Any],
     card: str,
     written_by: str,
+    extras: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Checkpoint:
     """Write a checkpoint, or a new version of the one that is there, and commit it.
 
-    Raises CheckpointError if the folder holds something else, or a checkpoint with another tokenizer or trunk config.
+    `extras` are files that the card shows, by their names, `figures/…`; those of an older version are removed. Raises
+    CheckpointError if the folder holds something else, or a checkpoint with another tokenizer or trunk config.
     """
     _refuse_foreign(folder)
+    for name in extras:
+        if not _FIGURE.fullmatch(name):
+            raise CheckpointError(f"{name!r} is no name of an extra file; allowed: figures/ and a plain file name")
     for task in tasks:
         try:
             check_task_name(task.name)
@@ -113,8 +122,9 @@ def seal(
     # Plain AutoModel.from_pretrained(trunk/) finds the weights through this index; nothing of ours reads it.
     index = {"metadata": {}, "weight_map": dict.fromkeys(read_header(folder / weights), Path(weights).name)}
     _replace(folder / INDEX, json.dumps(index, indent=1).encode())
-    _replace(folder / "README.md", card.encode())
-    _remove_unnamed(folder, {*writer.files, MANIFEST, "README.md", INDEX})
+    for name, content in {**extras, "README.md": card.encode()}.items():
+        _replace(folder / name, content)
+    _remove_unnamed(folder, {*writer.files, *extras, INDEX})
     return Checkpoint.open(folder)
 
 
@@ -191,7 +201,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 def _remove_unnamed(folder: Path, named: set[str]) -> None:
     """Remove what earlier versions of the checkpoint left; only inside the format's own folders."""
-    for home in ("trunk", "heads", "golden", "calibration"):
+    for home in ("trunk", "heads", "golden", "calibration", "figures"):
         for path in sorted((folder / home).rglob("*"), reverse=True):
             if path.is_dir():
                 if not any(path.iterdir()):

@@ -1,5 +1,6 @@
 """The only caller of the tokenizer: text to rows, truncation and windows. Knows no task and no model.
 
+A text is prepared by the steps in force, the prepared text is encoded, and offsets count the caller's characters.
 Works on `tokenizers.Tokenizer` alone. Truncation and padding baked into a tokenizer file are cleared, and cutting is
 done here on encodings without special tokens, so that one tokenizer serves every length from many threads. Special
 tokens inside a caller's text stay text.
@@ -8,22 +9,27 @@ tokens inside a caller's text stay text.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 from tokenizers import Encoding, Tokenizer
 
 from mtserve.errors import CheckpointError, InputError
-from mtserve.preparation import check_steps
+from mtserve.preparation import Preparation, Prepared, expand
 from mtserve.rows import Row, make_row
 
 OnLong = Literal["truncate", "error", "window"]
 
 
 class TextSpec(BaseModel):
-    """What the manifest says about text beside the tokenizer file; part of the trunk's fingerprint."""
+    """What the manifest says about text beside the tokenizer file; part of the trunk's fingerprint.
+
+    `preparation` are steps, presets spelled out; a task's own list replaces them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -35,18 +41,44 @@ class TextSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a row may be, special tokens included, what happens to longer texts, and what windows share."""
+    """How long a row may be, special tokens included, what happens to longer texts, what windows share, and how the
+    text is prepared (None: by the checkpoint's own steps)."""
 
     max_length: int
     on_long: OnLong = "truncate"
     stride: int = 0
+    preparation: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A text's tokens, with no template around them, and how their offsets lead to the caller's characters: first
+    over the `before` characters of a separator, then over the preparation."""
+
+    tokens: Encoding
+    prepared: Prepared
+    before: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def spans(self, offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        if self.before:
+            offsets = [(max(start - self.before, 0), max(end - self.before, 0)) for start, end in offsets]
+        return self.prepared.spans(offsets)
 
 
 class Text:
-    """A tokenizer with its spec. Safe to use from several threads: nothing in it changes after it is made."""
+    """A tokenizer with its spec. Safe to use from several threads: all that changes in it is which lists of
+    preparation steps are made ready, under a lock.
+
+    Raises CheckpointError for a tokenizer that cannot be read or an unknown preparation step, MissingExtraError or
+    SetupError if a step needs what is not installed.
+    """
 
     def __init__(self, tokenizer_json: str, spec: TextSpec) -> None:
-        check_steps(spec.preparation)
+        self._preparations = {spec.preparation: Preparation(spec.preparation)}
+        self._making = Lock()
         try:
             tokenizer = Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # the Rust parser raises bare Exception
@@ -96,8 +128,8 @@ class Text:
         text (with `cut_first` the first) is cut into windows that overlap by `stride` tokens, and the other one is
         whole in each. Raises InputError if the text is longer under `error`, or has no tokens at all.
         """
-        first = self._encode(text)
-        second = None if pair is None else self._encode(self._separated(pair))
+        first = self._encode(text, limits.preparation)
+        second = None if pair is None else self._encode(pair, limits.preparation, before=self.spec.pair_separator or "")
         added = self.special_tokens(pair=second is not None)
         budget = limits.max_length - added
         total = len(first) + (0 if second is None else len(second))
@@ -110,19 +142,21 @@ class Text:
         if limits.on_long == "window":
             return self._windows(first, second, budget, stride=limits.stride, cut_first=cut_first, part=part)
         sizes = _fit(len(first), None if second is None else len(second), budget, cut_first=cut_first)
-        first.truncate(sizes[0])
+        first.tokens.truncate(sizes[0])
         if second is not None:
-            second.truncate(sizes[1])
+            second.tokens.truncate(sizes[1])
         return [self._row(first, second, part=part, cut=total - sum(sizes))]
 
-    def prompt(self, before: str, text: str, after: str, *, max_length: int) -> Row:
-        """A row of literal `before`, the caller's text, literal `after`, with no template around it.
+    def prompt(
+        self, before: str, text: str, after: str, *, max_length: int, preparation: Sequence[str] | None = None
+    ) -> Row:
+        """A row of literal `before`, the caller's text, prepared, and literal `after`, with no template around it.
 
         Special tokens are recognised in the literal parts only. The caller's text is cut at its right end to keep
         the row within `max_length`, the literals never. Raises InputError if the literals alone are too long.
         """
-        head, tail, body = self.literal(before), self.literal(after), self._encode(text)
-        budget = max_length - len(head) - len(tail)
+        head, tail, encoded = self.literal(before), self.literal(after), self._encode(text, preparation)
+        body, budget = encoded.tokens, max_length - len(head) - len(tail)
         if budget < 1:
             raise InputError(f"no room for the text: the template and the answer take {max_length - budget} tokens")
         cut = max(0, len(body) - budget)
@@ -130,7 +164,7 @@ class Text:
         ids = [*head, *body.ids, *tail]
         if not ids:
             raise InputError("the text is empty, and the template adds no tokens")
-        offsets = [(0, 0)] * len(head) + body.offsets + [(0, 0)] * len(tail)
+        offsets = [(0, 0)] * len(head) + encoded.spans(body.offsets) + [(0, 0)] * len(tail)
         special = [True] * len(head) + [False] * len(body) + [True] * len(tail)
         return replace(make_row(ids, [0] * len(ids), offsets, special), cut=cut)
 
@@ -144,32 +178,44 @@ class Text:
         return ids
 
     def plain(self, text: str) -> list[int]:
-        """Token ids of a caller's text, with no template around it."""
-        return list(self._encode(text).ids)
+        """Token ids of a text as it stands, not prepared, with no template around it."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def _separated(self, pair: str) -> str:
-        """The second text with the separator before it that a tokenizer without a pair template needs."""
-        return pair if self.spec.pair_separator is None else self.spec.pair_separator + pair
+    def _prepare(self, text: str, preparation: Sequence[str] | None) -> Prepared:
+        steps = self.spec.preparation if preparation is None else tuple(preparation)
+        if steps not in self._preparations:
+            with self._making:  # what a step needs, such as Farasa's process, is started once
+                if steps not in self._preparations:
+                    self._preparations[steps] = Preparation(steps)
+        return self._preparations[steps](text)
 
-    def _encode(self, text: str) -> Encoding:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+    def _encode(self, text: str, preparation: Sequence[str] | None, *, before: str = "") -> _Encoded:
+        """`before` is the separator that a tokenizer without a pair template needs before a second text."""
+        prepared = self._prepare(text, preparation)
+        return _Encoded(self._tokenizer.encode(before + prepared.text, add_special_tokens=False), prepared, len(before))
 
     def _row(
         self,
-        first: Encoding,
-        second: Encoding | None,
+        first: _Encoded,
+        second: _Encoded | None,
         *,
         part: int,
         cut: int = 0,
         window: int = 0,
         first_token: int = 0,
     ) -> Row:
-        full = self._tokenizer.post_process(first, second)
-        row = make_row(full.ids, full.type_ids, full.offsets, full.special_tokens_mask)
+        full = self._tokenizer.post_process(first.tokens, None if second is None else second.tokens)
+        offsets = full.offsets
+        for number, text in enumerate((first, second)):
+            if text is not None and (text.before or text.prepared.starts is not None):
+                own = [at for at, sequence in enumerate(full.sequence_ids) if sequence == number]
+                for at, span in zip(own, text.spans([offsets[at] for at in own]), strict=True):
+                    offsets[at] = span
+        row = make_row(full.ids, full.type_ids, offsets, full.special_tokens_mask)
         return replace(row, part=part, cut=cut, window=window, first=first_token)
 
     def _windows(
-        self, first: Encoding, second: Encoding | None, budget: int, *, stride: int, cut_first: bool, part: int
+        self, first: _Encoded, second: _Encoded | None, budget: int, *, stride: int, cut_first: bool, part: int
     ) -> list[Row]:
         long_first = second is None or cut_first or len(first) >= len(second)
         long, other = (first, second) if long_first or second is None else (second, first)
@@ -177,10 +223,10 @@ class Text:
         if size <= stride:
             found = f"the shorter text leaves room for {size} tokens of the longer one"
             raise InputError(f"{found} a window, which must be more than the stride of {stride}")
-        long.truncate(size, stride=stride)
-        pieces = [long, *long.overflowing]
+        long.tokens.truncate(size, stride=stride)
         rows = []
-        for window, piece in enumerate(pieces):
+        for window, tokens in enumerate([long.tokens, *long.tokens.overflowing]):
+            piece = replace(long, tokens=tokens)
             pair = (piece, other) if long_first or other is None else (other, piece)
             rows.append(self._row(*pair, part=part, window=window, first_token=window * (size - stride)))
         return rows
@@ -198,8 +244,10 @@ def _fit(first: int, second: int | None, budget: int, *, cut_first: bool) -> tup
     return min(first, budget - shorter), shorter
 
 
-def text_spec(tokenizer_json: str, *, pad_id: int, eos_id: int | None) -> TextSpec:
-    """The spec for a trunk's tokenizer: a pair separator where the tokenizer's own template has none."""
+def text_spec(tokenizer_json: str, *, pad_id: int, eos_id: int | None, preparation: Sequence[str] = ()) -> TextSpec:
+    """The spec for a trunk's tokenizer: a pair separator where the tokenizer's own template has none, and preparation
+    steps with presets spelled out. Raises CheckpointError for an unknown step."""
     bare = Text(tokenizer_json, TextSpec(pad_id=pad_id, eos_id=eos_id))
     joined = bare.special_tokens(pair=True) <= bare.special_tokens(pair=False)
-    return TextSpec(pad_id=pad_id, eos_id=eos_id, pair_separator="\n" if joined else None)
+    separator = "\n" if joined else None
+    return TextSpec(pad_id=pad_id, eos_id=eos_id, pair_separator=separator, preparation=expand(preparation))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+_TABLES = tempfile.TemporaryDirectory(prefix="tables-")  # removed at exit
+os.environ["HF_DATASETS_CACHE"] = _TABLES.name
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

@@ -96,6 +96,37 @@ def test_what_could_not_be_opened_is_not_committed(folder: Path, change: dict[st
     Checkpoint.open(folder).verify()
 
 
+def test_figures_stand_beside_the_card_until_the_next_version(folder: Path) -> None:
+    small = tiny("bert", only=("topic",))
+
+    def write(extras: dict[str, bytes]) -> Checkpoint:
+        topic = task_part(small.model, "topic", kind="classification", options=small.tasks[0].options)
+        return seal(
+            folder,
+            trunk_part(small.model, source="random"),
+            tasks=[topic],
+            tokenizer_json=TOKENIZER_JSON,
+            text=small.spec,
+            provenance={},
+            card="# figures\n",
+            written_by="tests",
+            extras=extras,
+        )
+
+    write({"figures/curves.png": b"1", "figures/confusion-topic.png": b"2"}).verify()
+    sealed = write({"figures/curves.png": b"3"})
+    assert [(p.name, p.read_bytes()) for p in (folder / "figures").iterdir()] == [("curves.png", b"3")]
+    (folder / "figures" / "curves.png").unlink()  # not load-bearing
+    Checkpoint.open(folder).verify()
+    assert not any(name.startswith("figures/") for name in sealed.manifest.files)
+    before = (folder / "mtserve.json").read_bytes()
+    for name in ("figures/../up.png", "mtserve.json", "figures/.hidden", "/figures/x", "figures/a/b"):
+        with pytest.raises(CheckpointError, match="is no name of an extra file; allowed: figures/"):
+            write({name: b""})
+    assert (folder / "mtserve.json").read_bytes() == before
+    assert not list(folder.parent.glob("up.png"))
+
+
 class Stopped(Exception):
     """Stands for a crash."""
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from mtserve.errors import CheckpointError, InputError
+from mtserve.preparation import PRESETS
 from mtserve.rows import Row
-from mtserve.text import Limits, Text, TextSpec, text_spec
+from mtserve.text import Limits, OnLong, Text, TextSpec, text_spec
 from tests.tiny import CLS, CORPUS, EOS, PAD, SEP, TOKENIZER_JSON
 
 TEXT = Text(TOKENIZER_JSON, text_spec(TOKENIZER_JSON, pad_id=PAD, eos_id=EOS))
@@ -128,6 +129,62 @@ def test_empty_text_is_its_special_tokens() -> None:
 def test_a_damaged_tokenizer_is_a_checkpoint_error() -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer.json cannot be read"):
         Text("{}", TextSpec())
+
+
+def written(text: str, row: Row) -> list[str]:
+    """The caller's characters of each token of a row."""
+    return [text[start:end] for start, end in row.offsets.tolist()]
+
+
+PREPARED = ("tashkeel", "html_entities", "users:book", "repeats:2", "spaces")
+
+
+def test_offsets_count_the_callers_characters() -> None:
+    text = "  good &amp; b\u064fad  @you,  onnnne"
+    small = Text(TOKENIZER_JSON, TextSpec(preparation=PREPARED))
+    (row,) = small.rows(text, limits=Limits(60))
+    (plain,) = TEXT.rows("good & bad book , onne", limits=Limits(60))
+    assert row.ids.tolist() == plain.ids.tolist()
+    words = ["", "good", "&amp;", "b\u064fad", "@you", ",", *["o", "n", "nnn", "e"], ""]
+    assert written(text, row) == words
+    (of_task,) = TEXT.rows(text, limits=Limits(60, preparation=PREPARED))
+    assert (of_task.key, of_task.offsets.tolist()) == (row.key, row.offsets.tolist())
+    (none,) = small.rows(text, limits=Limits(60, preparation=()))
+    assert none.key == TEXT.rows(text, limits=Limits(60))[0].key
+
+
+@pytest.mark.parametrize("separator", [None, "\n", " one two "])
+@pytest.mark.parametrize("on_long", ["truncate", "window"])
+def test_both_texts_of_a_pair_keep_their_own_characters(separator: str | None, on_long: OnLong) -> None:
+    tokenizer = Tokenizer.from_str(TOKENIZER_JSON)
+    if separator is not None:
+        tokenizer.post_processor = None
+    text = Text(tokenizer.to_str(), TextSpec(preparation=PREPARED, pair_separator=separator))
+    first, second = "  good  g\u064food town", "&amp;  bad   bad   " * 6
+    rows = text.rows(first, second, limits=Limits(14, on_long, 1))
+    assert (len(rows) > 1) == (on_long == "window")
+    for row in rows:
+        own = [span for span, special in zip(row.offsets.tolist(), row.special.tolist(), strict=True) if not special]
+        in_first = [first[start:end] for start, end in own[:3]]
+        assert in_first == ["good", "g\u064food", "town"]
+        pieces = [second[start:end] for start, end in own[3:]]
+        assert set(pieces) <= {"&amp;", "bad", ""}
+        assert pieces.count("") == (0 if separator is None or row.window else len(text.plain(separator)))
+
+
+def test_a_prompt_prepares_the_callers_text_alone() -> None:
+    row = TEXT.prompt("gooood ", "gooood  @you", " @you", max_length=60, preparation=("users:book", "repeats:2"))
+    own = "gooood  @you"
+    assert row.ids[~row.special].tolist() == TEXT.plain("good book")[:0] + TEXT.plain("good book")
+    assert written(own, row)[len(TEXT.plain("gooood ")) :][: row.own_tokens] == ["gooood", "@you"]
+    assert row.ids.tolist()[: len(TEXT.plain("gooood "))] == TEXT.plain("gooood ")
+
+
+def test_presets_are_spelled_out_in_a_spec() -> None:
+    spec = text_spec(TOKENIZER_JSON, pad_id=PAD, eos_id=EOS, preparation=["marbert"])
+    assert spec.preparation == PRESETS["marbert"]
+    with pytest.raises(CheckpointError, match="'shout' is unknown"):
+        text_spec(TOKENIZER_JSON, pad_id=PAD, eos_id=EOS, preparation=["shout"])
 
 
 def test_an_unknown_preparation_step_is_refused() -> None:

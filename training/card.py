@@ -3,78 +3,163 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
+import yaml
+
+from training.audit import Audit
 from training.config import RunConfig
 from training.evaluate import Scores, table
-from training.examples import Split, TaskData
+from training.splits import TaskData
+from training.tables import Line, fenced, markdown
 
 _LABELS_SHOWN = 12
+_HUB = {
+    "classification": "text-classification",
+    "similarity": "sentence-similarity",
+    "generation": "text-generation",
+    "macro_f1": "f1",
+    "micro_f1": "f1",
+    "mcc": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
+}
+"""What hubs call our kinds and metrics."""
+_WHAT = {"checkpoint": "A multitask checkpoint for mtserve", "trunk": "A trunk for plain Transformers"}
 
 
 def card(
     config: RunConfig,
     data: Mapping[str, TaskData],
     *,
-    scores: dict[str, Scores],
+    scores: Mapping[str, Scores],
+    audit: Audit,
     source: str,
     command: str,
     versions: Mapping[str, str],
+    test: Mapping[str, Scores] = MappingProxyType({}),
+    figures: Collection[str] = (),
 ) -> str:
-    """Markdown with the metadata block that model hubs read."""
-    first = next(iter(data))
-    sample = data[first].kind.sample(data[first].options).model_dump(mode="json", exclude_none=True)
+    """Markdown with the metadata block that model hubs read.
+
+    scores    of each task on its evaluation split; `test` of those that have a test split
+    source    what the trunk is called
+    figures   names of the pictures beside the card, as `training.figures.figures` gives them
+    """
     parts = [
-        _metadata(config),
+        _metadata(config, data, [*scores.items(), *test.items()]),
         f"# {', '.join(data)}",
-        f"A multitask checkpoint for mtserve: one trunk (`{source}`), {len(data)} task{'s' * (len(data) > 1)}.",
+        f"{_WHAT[config.result]}: `{source}`, trained on {len(data)} task{'s' * (len(data) > 1)}.",
         "## Tasks",
-        _markdown([("task", "kind", "labels", "train rows", "eval rows"), *(_task(n, d) for n, d in data.items())]),
+        markdown([("task", "kind", "labels"), *(_task(name, of) for name, of in data.items())]),
         "## Evaluation",
-        "On the evaluation split of each task, through the serving engine; the baseline is the constant answer that "
-        "the training labels alone suggest.",
-        _markdown(table(scores, all_metrics=True)),
+        *_evaluation(scores, test),
+        *(part for name, found in scores.items() for part in _by_label(name, found, figures)),
         "## Use",
-        f'```python\nimport mtserve\n\nengine = mtserve.load("path/to/this/folder")\n'
-        f"engine.predict({json.dumps(first)}, [{json.dumps(sample, ensure_ascii=False)}])\n```",
+        fenced(_usage(config, data), "python"),
         "## Training",
-        f"```\n{command}\n```",
-        f"Seed {config.seed}. Licence: {config.license or 'not stated'}. "
-        f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.",
+        _picture("Loss and metric of each task in training", "figures/curves.png", figures),
+        fenced(command),
+        f"Seed {config.seed}. Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.",
+        _folded(
+            "The run file with its defaults", fenced(_yaml(config.model_dump(mode="json", exclude_none=True)), "yaml")
+        ),
         "## Data",
-        _markdown([("task", "split", "source", "rows", "left out", "sha256"), *_sources(config, data)]),
+        markdown([("task", "split", "source", "licence", "sha256"), *_sources(config, data)]),
+        "Before training; lengths are in tokens, and inputs that differ in case and white space alone are the same.",
+        markdown(audit.table()),
+        "\n".join(f"- {sentence}." for sentence in audit.warnings()),
+        "## Licence",
+        f"Of this checkpoint: {config.license or 'not stated'}. Those of its trunk and data bind its use as well.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _metadata(config: RunConfig) -> str:
-    licence = [f"license: {json.dumps(config.license)}"] if config.license else []
-    return "\n".join(["---", "library_name: mtserve", *licence, "tags: [multitask]", "---"])
-
-
-def _task(name: str, data: TaskData) -> tuple[str, ...]:
-    labels = data.kind.label_names(data.options)
-    shown = ", ".join(labels[:_LABELS_SHOWN]) + (f", … ({len(labels)})" if len(labels) > _LABELS_SHOWN else "")
-    return name, data.kind.name, shown, str(len(data.train)), str(len(data.eval))
-
-
-def _sources(config: RunConfig, data: Mapping[str, TaskData]) -> list[tuple[str, ...]]:
-    def line(task: str, which: str, shown: str, split: Split) -> tuple[str, ...]:
-        return task, which, f"`{shown}`", str(len(split)), str(len(split.bad.messages)), f"`{split.sha256}`"
-
-    return [
-        line(name, which, source.shown, split)
-        for name, of_task in data.items()
-        for which, source, split in (
-            ("train", config.tasks[name].train, of_task.train),
-            ("eval", config.tasks[name].eval, of_task.eval),
+def _metadata(config: RunConfig, data: Mapping[str, TaskData], found: list[tuple[str, Scores]]) -> str:
+    """The YAML block: library, licence, and `model-index` with a result for each task and split."""
+    results = []
+    for name, scores in found:
+        kind, shown = data[name].kind.name, _shown(config, name)[scores.split]
+        measured = scores.metrics.items()
+        results.append(
+            {
+                "task": {"type": _HUB.get(kind, kind.replace("_", "-")), "name": name},
+                "dataset": {"type": shown, "name": shown, "split": scores.split},
+                "metrics": [{"type": _HUB.get(m, m), "name": m, "value": value} for m, value in measured],
+            }
         )
-    ]
+    block: dict[str, Any] = {"library_name": "mtserve", "tags": ["multitask"]}
+    if config.license:
+        block["license"] = config.license
+    return f"---\n{_yaml({**block, 'model-index': [{'name': ', '.join(data), 'results': results}]})}---"
 
 
-def _markdown(lines: Sequence[Sequence[Any]]) -> str:
-    """A table; bars inside cells are escaped."""
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-    header, *rest = ["| " + " | ".join(line) + " |" for line in cells]
-    return "\n".join([header, "|" + " --- |" * len(cells[0]), *rest])
+def _task(name: str, data: TaskData) -> Line:
+    labels = data.kind.label_names(data.options)
+    more = f", … ({len(labels)})" if len(labels) > _LABELS_SHOWN else ""
+    return name, data.kind.name, ", ".join(labels[:_LABELS_SHOWN]) + more
+
+
+def _evaluation(scores: Mapping[str, Scores], test: Mapping[str, Scores]) -> Iterator[str]:
+    yield (
+        "Through the serving engine. Beside each value stands what needs no model: `majority`, the constant answer "
+        "that the training labels suggest, and `copy`, the input given back, where that can be an answer."
+    )
+    drawn: dict[int, list[str]] = {}
+    for name, one in scores.items():
+        drawn.setdefault(one.resamples, []).append(name)
+    if any(drawn):
+        counts = "; ".join(f"{count} for {', '.join(names)}" for count, names in drawn.items())
+        yield f"Intervals are percentiles of a bootstrap over examples (resamples: {counts})."
+    for split, found in (("evaluation", scores), ("test", test)):
+        if found:
+            sizes = ", ".join(f"{name} {one.examples}" for name, one in found.items())
+            yield f"On the {split} split (examples: {sizes}):"
+            yield markdown(table(found, all_metrics=True))
+
+
+def _by_label(name: str, scores: Scores, figures: Collection[str]) -> Iterator[str]:
+    """A task's scores of each label, and its confusion matrix."""
+    if scores.report:
+        lines: list[Line] = [("label", "precision", "recall", "f1", "support")]
+        for label, of in scores.report.items():
+            lines.append((label, *(f"{of[key]:.3f}" for key in ("precision", "recall", "f1")), str(of["support"])))
+        yield _folded(f"{name}: each label", markdown(lines))
+    yield _picture(f"Confusion matrix of {name}", f"figures/confusion-{name}.png", figures)
+
+
+def _usage(config: RunConfig, data: Mapping[str, TaskData]) -> str:
+    if config.result == "trunk":
+        return 'from transformers import AutoModel\n\ntrunk = AutoModel.from_pretrained("path/to/this/folder")'
+    name = config.sealed[0]
+    sample = data[name].kind.sample(data[name].options).model_dump(mode="json", exclude_none=True)
+    asked = f"{json.dumps(name)}, [{json.dumps(sample, ensure_ascii=False)}]"
+    return f'import mtserve\n\nengine = mtserve.load("path/to/this/folder")\nengine.predict({asked})'
+
+
+def _sources(config: RunConfig, data: Mapping[str, TaskData]) -> Iterator[Line]:
+    for name, of in data.items():
+        licence, shown = config.tasks[name].license or "not stated", _shown(config, name)
+        for which, split in of.splits.items():
+            yield name, which, f"`{shown[which]}`", licence, f"`{split.sha256}`"
+
+
+def _shown(config: RunConfig, name: str) -> dict[str, str]:
+    """What the run file calls the source of each split of a task."""
+    task = config.tasks[name]
+    sources = {"train": task.train, "eval": task.eval, "test": task.test}
+    return {which: source.shown for which, source in sources.items() if source is not None}
+
+
+def _picture(title: str, name: str, figures: Collection[str]) -> str:
+    return f"![{title}]({name})" if name in figures else ""
+
+
+def _folded(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
+def _yaml(data: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=100)

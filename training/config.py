@@ -1,136 +1,199 @@
-"""A run file as data: YAML and `key=value` overrides to a checked RunConfig. Reads no examples and no model."""
+"""A run as data: tasks, their splits, how the weights are changed. Reads no files, no examples and no model."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
 from mtserve.errors import ConfigError
-from mtserve.manifest import KindName, TaskName
+from mtserve.manifest import TaskName
+from mtserve.preparation import expand
 from mtserve.tasks import KINDS
 from mtserve.tasks.base import AnyKind
+from training.arguments import FROM_RUN_FILE
+from training.mixture import MixtureConfig
+from training.pretraining import TRAINING_KINDS
 from training.section import Section
 from training.source import Source
+
+
+class Carve(Section):
+    """A split taken out of the training source: a share of its records, or about that share of the groups that the
+    column `by` makes."""
+
+    carve: float = Field(gt=0, lt=1)
+    seed: int = Field(default=0, ge=0)
+    by: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The part in a few words, for people."""
+        return f"{self.carve:g} of train{'' if self.by is None else f' by {self.by}'}, seed {self.seed}"
+
+
+def _form(value: Any) -> str:
+    return ":carve" if isinstance(value, Carve) or (isinstance(value, Mapping) and "carve" in value) else ":source"
+
+
+Held = Annotated[Annotated[Source, Tag(":source")] | Annotated[Carve, Tag(":carve")], Discriminator(_form)]
+"""A split that training does not see: a source of its own, or a part of the training source."""
 
 
 class TaskConfig(Section):
     """One task: its kind, its data, and its share of the loss."""
 
-    kind: KindName
+    kind: str
     options: dict[str, Any] = Field(default={})
     train: Source
-    eval: Source
+    eval: Held
+    test: Held | None = None
     weight: float = Field(default=1.0, gt=0)
     batch_size: int | None = Field(default=None, ge=1)
+    class_weights: Literal["balanced"] | dict[str, float] | None = None
+    license: str | None = Field(default=None, description="The licence of the data, for the card.")
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, kind: str) -> str:
+        if kind not in TRAINING_KINDS:
+            raise ValueError(f"{kind!r} is no kind of task; allowed: {', '.join(TRAINING_KINDS)}")
+        return kind
 
     @model_validator(mode="after")
-    def _fields_exist(self) -> TaskConfig:
+    def _consistent(self) -> TaskConfig:
         _among("option", self.options, self.handler.options)
-        for source in (self.train, self.eval):
+        carved = [part for part in (self.eval, self.test) if isinstance(part, Carve)]
+        for source in (self.train, *(part for part in (self.eval, self.test) if isinstance(part, Source))):
             _among("example field", source.columns, self.handler.labelled)
+        if len({(part.seed, part.by) for part in carved}) > 1:
+            raise ValueError("eval and test are carved with other seeds or groups; allowed: the same for both")
+        if sum(part.carve for part in carved) >= 1:
+            raise ValueError("eval and test are carved out of train and leave nothing; allowed: less than 1 in all")
         return self
 
     @property
     def handler(self) -> AnyKind:
-        return KINDS[self.kind]
+        return TRAINING_KINDS[self.kind]
 
 
 class Training(Section):
-    """How the weights are changed; batch sizes count examples, learning rates are those after the warm-up."""
+    """How the weights are changed; batch sizes count examples on one device, learning rates are those after warm-up."""
 
     epochs: float = Field(default=3.0, gt=0)
     max_steps: int | None = Field(default=None, ge=1)
+    max_seconds: float | None = Field(default=None, gt=0, description="From the start of the run; sealing comes after.")
     learning_rate: float = Field(default=5e-5, gt=0)
     head_learning_rate: float | None = Field(default=None, gt=0)
+    layer_decay: float | None = Field(default=None, gt=0, le=1, description="Rate of a layer over that above it.")
+    freeze: tuple[str, ...] = Field(default=(), description="embeddings, trunk, layers:N, or patterns of names.")
+    optimizer: str = Field(default="adamw_torch_fused", description="As in TrainingArguments.optim.")
     batch_size: int = Field(default=16, ge=1)
     gradient_accumulation: int = Field(default=1, ge=1)
+    gradient_checkpointing: bool = False
     warmup_share: float = Field(default=0.1, ge=0, lt=1)
     weight_decay: float = Field(default=0.01, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     max_grad_norm: float = Field(default=1.0, ge=0)
-    scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    scheduler: str = Field(default="linear", description="As in TrainingArguments.lr_scheduler_type.")
     bf16: bool = False
+    fp16: bool = False
     logging_steps: int = Field(default=10, ge=1)
+    eval_steps: int | None = Field(default=None, ge=1, description="Steps between evaluations; none means at the end.")
+    save_steps: int | None = Field(default=None, ge=1, description="Steps between states to resume from.")
+    best: str | None = Field(default=None, description="average, or task.metric: keep the weights that are best by it.")
+    patience: int | None = Field(default=None, ge=1, description="Stop after so many evaluations without a better one.")
+    report_to: tuple[str, ...] = ()
+    arguments: dict[str, Any] = Field(default={}, description="Further TrainingArguments.")
+
+    @field_validator("arguments")
+    @classmethod
+    def _supported(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for name in arguments:
+            if name not in FROM_RUN_FILE:
+                raise ValueError(f"{name!r} cannot be given here; allowed: {', '.join(sorted(FROM_RUN_FILE))}")
+        return arguments
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Training:
+        if (self.best is not None) != (self.eval_steps is not None):
+            raise ValueError("best needs eval_steps, and eval_steps needs best (average, or task.metric)")
+        if self.patience is not None and self.best is None:
+            raise ValueError("patience needs best and eval_steps")
+        if self.best is not None and self.save_steps not in (None, self.eval_steps):
+            raise ValueError("with best, states are saved at every evaluation; allowed: save_steps left out")
+        return self
 
 
 class RunConfig(Section):
-    """A whole run. Data paths and a trunk's path are relative to the run file, `output` to the working directory."""
+    """A whole run. Data paths and a trunk's path are relative to the run file (or to `data_dir`, which is relative to
+    the working directory, as is `output`)."""
 
     trunk: str
     trunk_name: str | None = Field(default=None, description="What the card calls the trunk; by default its location.")
     output: str
+    result: Literal["checkpoint", "trunk"] = Field(default="checkpoint", description="What is written at the end.")
     overwrite: bool = False
+    resume: bool = Field(default=False, description="Go on from the last saved state of this very run.")
     seed: int = Field(default=0, ge=0)
     license: str | None = None
+    data_dir: str | None = None
+    preparation: tuple[str, ...] = Field(default=(), description="Text preparation: steps, or the name of a preset.")
+    preparations: dict[str, tuple[str, ...]] = Field(
+        default={}, description="Another one for trunks of these names, the last part of where they are."
+    )
     tasks: dict[TaskName, TaskConfig] = Field(min_length=1)
     training: Training = Training()
-    mixture: Literal["proportional"] = "proportional"
+    mixture: MixtureConfig = MixtureConfig()
     on_bad_record: Literal["stop", "skip"] = "stop"
+    limit: int | None = Field(default=None, ge=1, description="Only so many records of a source, to try a run.")
     golden_rows: int = Field(default=4, ge=0)
     calibration_rows: int = Field(default=200, ge=0)
+    resamples: int = Field(default=1000, ge=0, description="Bootstrap resamples of the metrics' intervals.")
+
+    @field_validator("preparation", mode="before")
+    @classmethod
+    def _steps(cls, preparation: Any) -> Any:
+        return expand([preparation] if isinstance(preparation, str) else preparation)
+
+    @field_validator("preparations", mode="before")
+    @classmethod
+    def _steps_by_trunk(cls, preparations: Any) -> Any:
+        of = preparations.items() if isinstance(preparations, Mapping) else ()
+        return {trunk: cls._steps(steps) for trunk, steps in of} or preparations
+
+    @model_validator(mode="after")
+    def _something_to_seal(self) -> RunConfig:
+        if self.result == "checkpoint" and not any(task.kind in KINDS for task in self.tasks.values()):
+            raise ValueError("tasks: none can be served, so there is no checkpoint to seal; allowed: result: trunk")
+        return self
+
+    @model_validator(mode="after")
+    def _mixture_names_tasks(self) -> RunConfig:
+        try:
+            self.mixture.check(self.tasks)
+        except ConfigError as error:
+            raise ValueError(f"mixture: {error}") from error
+        return self
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The text preparation for the trunk of this run."""
+        name = self.trunk.partition("@")[0].rstrip("/").rsplit("/", 1)[-1]
+        return self.preparations.get(name, self.preparation)
 
     def batch_size(self, task: str) -> int:
-        """Examples in a batch of one task."""
+        """Examples in a batch of one task on one device."""
         return self.tasks[task].batch_size or self.training.batch_size
 
-
-def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run file at `path` with `dotted.key=value` overrides, their values parsed as YAML. Raises ConfigError."""
-    try:
-        raw = _yaml(path.read_text(encoding="utf-8-sig"), str(path))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds no mapping; a run file has the keys {', '.join(RunConfig.model_fields)}")
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not re.fullmatch(r"[^.\s]+(\.[^.\s]+)*", key):
-            raise ConfigError(f"{override!r} is no override; allowed: dotted.key=value")
-        _put(raw, key, _yaml(value, override))
-    try:
-        return RunConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {_first(error)}") from error
+    @property
+    def sealed(self) -> list[str]:
+        """The tasks that a checkpoint will hold: those that only train the trunk are left out."""
+        return [name for name, task in self.tasks.items() if task.kind in KINDS]
 
 
 def _among(what: str, found: Mapping[str, Any], model: type[BaseModel]) -> None:
     for name in found:
         if name not in model.model_fields:
             raise ValueError(f"unknown {what} {name!r}; allowed: {', '.join(model.model_fields)}")
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
-
-
-def _put(raw: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key. Names may hold dots themselves, so of the keys that exist the longest match is taken."""
-    node, parts = raw, key.split(".")
-    while True:
-        size = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in node), 1)
-        name, parts = ".".join(parts[:size]), parts[size:]
-        if not parts:
-            node[name] = value
-            return
-        if node.get(name) is None:
-            node[name] = {}
-        node = node[name]
-        if not isinstance(node, dict):
-            raise ConfigError(f"{key} cannot be set: {name} is {node!r}, not a mapping")
-
-
-def _first(error: ValidationError) -> str:
-    """The first finding as one sentence: where, what is allowed, what was found."""
-    found = error.errors(include_url=False)[0]
-    where, message = ".".join(map(str, found["loc"])), found["msg"].removeprefix("Value error, ")
-    shown = "" if found["type"] in ("value_error", "missing") else f"; found {found['input']!r:.80}"
-    return f"{where + ': ' if where else ''}{message[:1].lower() + message[1:]}{shown}"

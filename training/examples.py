@@ -1,158 +1,194 @@
-"""Records to labelled examples to features, by the kind's own schema and its one featurisation. Knows no format."""
+"""Labelled examples to features, as an Arrow table on disk: tokenised once, by the kind's own featurisation.
+
+A `datasets.Dataset` named by a fingerprint of the records, the options, the tokenizer, the preparation and this
+package's own code: a second run tokenises nothing, and a run that differs in any of these starts afresh. Knows no
+format and no model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar, overload
 
-from pydantic import ValidationError
+import datasets
+import numpy as np
+from datasets import ClassLabel, Features, List, Value
 
-from mtserve.errors import ConfigError, InputError
-from mtserve.rows import Row
+from mtserve.errors import InputError
+from mtserve.rows import Row, make_row
 from mtserve.tasks.base import AnyKind, Example, Options
-from mtserve.tasks.validation import validate
 from mtserve.text import Text
-from training.config import TaskConfig
-from training.readers import BadRecord, Record
-from training.source import Source, fingerprint, read
+from training.records import BadRecords, Records, mark, quiet, sorted_out
 
 Feature = tuple[list[Row], Any]
 """The rows of a training example and the target that its loss compares their logits with."""
 
+T_ = TypeVar("T_")
+_ROWS = {
+    "_ids": List(List(Value("int32"))),
+    "_type_ids": List(List(Value("int32"))),
+    "_special": List(List(Value("bool"))),
+    "_part": List(Value("int32")),
+    "_cut": List(Value("int32")),
+    "_target": Value("string"),
+}
 
-@dataclass
-class BadRecords:
-    """What happens to records that cannot be used: the first stops the run, or all are counted and left out."""
 
-    policy: Literal["stop", "skip"]
-    messages: list[str] = field(default_factory=list)
+class Lazy(Sequence[T_]):
+    """Items made from the rows of a table when they are asked for."""
 
-    def add(self, where: str, message: str) -> None:
-        """Raises ConfigError under `stop`."""
-        if self.policy == "stop":
-            raise ConfigError(f"{where}: {message} (on_bad_record: skip would leave such records out)")
-        self.messages.append(f"{where}: {message}")
+    def __init__(self, table: datasets.Dataset, make: Callable[[Mapping[str, Any]], T_]) -> None:
+        self._table, self._make = table, make
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, index: int) -> T_: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T_]: ...
+    def __getitem__(self, index: int | slice) -> T_ | list[T_]:
+        if isinstance(index, slice):
+            return self.of(range(*index.indices(len(self))))
+        return self._make(self._table[index])
+
+    def __iter__(self) -> Iterator[T_]:
+        for start in range(0, len(self), 1000):
+            yield from self.of(range(start, min(start + 1000, len(self))))
+
+    def of(self, indexes: Sequence[int]) -> list[T_]:
+        """Several items, read at once."""
+        columns = self._table[list(indexes)]
+        return [self._make(dict(zip(columns, cells, strict=True))) for cells in zip(*columns.values(), strict=True)]
 
 
 @dataclass(frozen=True)
 class Split:
-    """The usable labelled examples of one source, each with its place, and what identifies the data."""
+    """The usable labelled examples of one source with their features, and what identifies the data.
 
-    examples: list[Example]
-    places: list[str]
+    table   one row an example: the fields of the labelled example (class names as `ClassLabel`), its trunk rows, its
+            target, and `_where` it came from
+    """
+
+    kind: AnyKind
+    table: datasets.Dataset
     bad: BadRecords
     sha256: str
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.table)
+
+    @cached_property
+    def examples(self) -> Lazy[Example]:
+        fields = self.kind.labelled.model_fields
+        named = {name: feature for name, feature in self.table.features.items() if name in fields}
+
+        def example(row: Mapping[str, Any]) -> Example:
+            cells = {name: _named(feature, row[name]) for name, feature in named.items() if row[name] is not None}
+            made: Example = self.kind.labelled.model_validate(cells)
+            return made
+
+        return Lazy(self.table.select_columns(list(named)), example)
+
+    @cached_property
+    def features(self) -> Lazy[Feature]:
+        return Lazy(self.table.select_columns(list(_ROWS)), _feature)
+
+    @cached_property
+    def places(self) -> list[str]:
+        return list(self.table["_where"])
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each example, over its rows."""
+        return [sum(map(len, ids)) for ids in self.table["_ids"]]
+
+    @cached_property
+    def cut(self) -> list[int]:
+        """Tokens of each example that its rows leave out."""
+        return [sum(cut) for cut in self.table["_cut"]]
+
+    @cached_property
+    def repairs(self) -> dict[str, int]:
+        """How many repairs the reader made, by type."""
+        return dict(Counter(one for repairs in self.table["_repairs"] for one in repairs or ()))
 
 
-@dataclass(frozen=True)
-class TaskData:
-    """A task's splits and options; `features` has one entry for each training example."""
+def featurise(kind: AnyKind, options: Options, text: Text, records: Records, *, tokenizer: str) -> Split:
+    """Rows and target of every record that the options allow; `tokenizer` is the hash of its file.
 
-    kind: AnyKind
-    options: Options
-    train: Split
-    eval: Split
-    features: list[Feature]
-
-
-def read_task(
-    name: str, config: TaskConfig, text: Text, *, base: Path, on_bad_record: Literal["stop", "skip"]
-) -> TaskData:
-    """Read both splits of a task, fit its options on the training split and featurise it.
-
-    Raises ConfigError for unusable records under `stop`, for a split without a usable record, for wrong options, and
-    for an evaluation label that training never saw.
+    Raises ConfigError under `stop`.
     """
-    kind = config.handler
-    train = _split(kind, config.train, base, on_bad_record)
-    evaluation = _split(kind, config.eval, base, on_bad_record)
-    options = _options(name, kind, config.options, train)
-    _known_labels(name, kind, options, evaluation)
-    train, features = _usable(kind, options, text, train)
-    evaluation, _ = _usable(kind, options, text, evaluation)
-    for which, split in (("train", train), ("eval", evaluation)):
-        if not split.examples:
-            first = f"; the first: {split.bad.messages[0]}" if split.bad.messages else ""
-            raise ConfigError(f"tasks.{name}.{which} has no usable record ({len(split.bad.messages)} bad ones{first})")
-    return TaskData(kind, options, train, evaluation, features)
+    plain = records.table.features
+    names = kind.classes(options)
+    fields = {n: _classes(f, names[n]) if n in names else f for n, f in plain.items()}
 
-
-def _split(kind: AnyKind, source: Source, base: Path, policy: Literal["stop", "skip"]) -> Split:
-    split = Split([], [], BadRecords(policy), fingerprint(source, base))
-    for record in read(source, base):
-        if isinstance(record, BadRecord):
-            split.bad.add(record.where, record.message)
-            continue
+    def features(example: dict[str, Any]) -> dict[str, Any]:
         try:
-            fields = _fields(record, kind.labelled.model_fields, source.columns)
-            split.examples.append(validate(kind.labelled, fields))
-            split.places.append(record.where)
+            cells = {n: v for n, v in example.items() if n in kind.labelled.model_fields and v is not None}
+            labelled = kind.labelled.model_validate(cells)
+            kind.check(kind.unlabelled(labelled), options, kind.parameters())
+            rows, target = kind.features(labelled, options, text)
         except InputError as error:
-            split.bad.add(record.where, str(error))
-    return split
+            return {**dict.fromkeys([*_ROWS, *names]), "_error": str(error)}
+        return {
+            "_ids": [row.ids for row in rows],
+            "_type_ids": [row.type_ids for row in rows],
+            "_special": [row.special for row in rows],
+            "_part": [row.part for row in rows],
+            "_cut": [row.cut for row in rows],
+            "_target": json.dumps(target, default=lambda array: array.tolist()),
+        }
+
+    made_of = (records.mark, kind.name, options.model_dump(mode="json"), text.spec.model_dump(mode="json"), tokenizer)
+    columns = Features({**fields, **_ROWS})
+    with quiet():
+        table = records.table.map(features, features=columns, new_fingerprint=mark("features", *made_of))
+    bad, kept = sorted_out(table, records.bad.policy)
+    bad.messages[:0] = records.bad.messages
+    return Split(kind, table if len(kept) == len(table) else table.select(kept), bad, records.sha256)
 
 
-def _fields(record: Record, names: Iterable[str], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The example's fields from a record's columns; a dotted column looks into an object. Missing values are left out.
-
-    Raises InputError for a column that the map names and the record lacks.
-    """
-    found: dict[str, Any] = {}
-    for name in names:
-        value: Any = record.data
-        column = columns.get(name, name)
-        for part in [column] if column in record.data else column.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
-            found[name] = value
-        elif name in columns and column.split(".")[0] not in record.data:
-            raise InputError(f"no column {column!r}; it has {', '.join(record.data)}")
-    return found
+def _classes(feature: Any, names: Sequence[str]) -> Any:
+    """The feature with its texts as classes."""
+    if isinstance(feature, List):
+        return List(_classes(feature.feature, names))
+    if isinstance(feature, dict):
+        return {name: _classes(inner, names) for name, inner in feature.items()}
+    return ClassLabel(names=list(names)) if feature == Value("string") else feature
 
 
-def _options(name: str, kind: AnyKind, given: Mapping[str, Any], train: Split) -> Options:
-    """The task's options, with what training fits (label names) filled in. Raises ConfigError."""
-    fitted = kind.fit([e.model_dump() for e in train.examples], given)
-    try:
-        options: Options = kind.options.model_validate(fitted)
-    except ValidationError as error:
-        found = error.errors(include_url=False)[0]
-        where = ".".join(map(str, ("tasks", name, "options", *found["loc"])))
-        raise ConfigError(
-            f"{where}: {found['msg'].removeprefix('Value error, ')}; found {found['input']!r:.80}"
-        ) from error
-    return options
+def _named(feature: Any, value: Any) -> Any:
+    """A value with class numbers replaced by their names."""
+    if isinstance(feature, ClassLabel):
+        return feature.int2str(value)
+    if isinstance(feature, List):
+        return [_named(feature.feature, one) for one in value]
+    if isinstance(feature, dict):
+        return {name: _named(inner, value[name]) for name, inner in feature.items()}
+    return value
 
 
-def _known_labels(name: str, kind: AnyKind, options: Options, evaluation: Split) -> None:
-    known = kind.label_names(options)
-    for example, place in zip(evaluation.examples, evaluation.places, strict=True):
-        for label in kind.fit([example.model_dump()], {}).get("labels", ()):
-            if label not in known:
-                found = f"evaluation label {label!r} is none that training saw ({', '.join(known)})"
-                raise ConfigError(f"tasks.{name}: {place}: {found}")
+def _feature(cells: Mapping[str, Any]) -> Feature:
+    """Rows and target of a table's row; rows without offsets, which only decoding needs."""
+    rows = [
+        Row(ids=made.ids, type_ids=made.type_ids, offsets=made.offsets, special=made.special, part=part, cut=cut)
+        for ids, types, special, part, cut in zip(
+            *(cells[name] for name in ("_ids", "_type_ids", "_special", "_part", "_cut")), strict=True
+        )
+        for made in [make_row(ids, types, np.zeros((len(ids), 2)), special)]
+    ]
+    return rows, _target(json.loads(cells["_target"]))
 
 
-def _usable(kind: AnyKind, options: Options, text: Text, split: Split) -> tuple[Split, list[Feature]]:
-    """The split without the examples that cannot be featurised under the options, and the features of the others."""
-    kept, features = Split([], [], split.bad, split.sha256), []
-    for example, place in zip(split.examples, split.places, strict=True):
-        try:
-            kind.check(kind.unlabelled(example), options, kind.parameters())
-            features.append(kind.features(example, options, text))
-        except InputError as error:
-            split.bad.add(place, str(error))
-            continue
-        kept.examples.append(example)
-        kept.places.append(place)
-    return kept, features
-
-
-def tokens(features: Sequence[Feature]) -> int:
-    """Real tokens of some training examples, over all their rows."""
-    return sum(len(row) for rows, _ in features for row in rows)
+def _target(plain: Any) -> Any:
+    """A target as `Kind.features` made it: numbers, arrays (of classes or of shares), or one array a row."""
+    if not isinstance(plain, list):
+        return plain
+    if plain and isinstance(plain[0], list):
+        return [np.asarray(row, np.int64) for row in plain]
+    return np.asarray(plain, np.float32 if plain and isinstance(plain[0], float) else np.int64)

@@ -26,7 +26,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is not fo
         losses = [
             f"{name.removeprefix('train_loss_')} {v:.3f}" for name, v in logs.items() if name.startswith("train_loss_")
         ]
-        if losses:
+        if losses and "loss" in logs:
             tqdm.write(f"step {state.global_step}/{state.max_steps}  {'  '.join(losses)}", file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

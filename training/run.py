@@ -1,80 +1,69 @@
-"""A run from its config to a sealed checkpoint: trunk, data, heads, training, evaluation, seal."""
+"""A run from its config to a sealed checkpoint. Each part is a file of its own; this one is their order."""
 
 from __future__ import annotations
 
 import os
-import platform
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
+import time
 from pathlib import Path
-from typing import Any
 
-import torch
-
-import mtserve
-from mtserve.backends.eager import EagerBackend
 from mtserve.checkpoint import Checkpoint
-from mtserve.engine import Engine, Task
 from mtserve.errors import ConfigError
-from mtserve.golden import golden_rows
 from mtserve.manifest import MANIFEST
-from mtserve.model import Model
-from mtserve.sealing import TaskPart, seal
 from mtserve.trunk import hidden_size
-from mtserve.weights import task_part, trunk_part
-from training.card import card
 from training.config import RunConfig
-from training.evaluate import Scores, evaluate
-from training.examples import Split, TaskData, read_task
-from training.trainer import TaskRun, Trained, fit
-from training.trunk import Trunk, open_trunk
-
-_VERSIONS = ("torch", "transformers", "tokenizers", "datasets")
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run: the sealed checkpoint, the engine over the model as it was sealed, and how well it does."""
-
-    checkpoint: Checkpoint
-    engine: Engine
-    scores: dict[str, Scores]
-    trained: Trained
+from training.evaluate import measure
+from training.finish import Result, finish
+from training.fit import arguments, fit
+from training.prepare import Prepared, prepare
+from training.states import claim, clear, states_folder
+from training.trunk import Trunk
 
 
-def train(config: RunConfig, *, base: Path, command: str = "") -> Result:
+def train(config: RunConfig, *, base: Path, command: str = "") -> Result | None:
     """Train and seal what `config` describes; `base` is the run file's folder, `command` goes into the card.
 
-    Raises SetupError (ConfigError, ResolveError, CheckpointError); nothing is written then.
+    None in all processes but the first. Raises SetupError (ConfigError, ResolveError, CheckpointError); nothing is
+    written then but states to resume from.
     """
+    started = time.monotonic()
     output = Path(config.output)
     _check_output(output, overwrite=config.overwrite)
-    torch.manual_seed(config.seed)  # a trunk's folder may lack a pooler, which is then made
-    trunk = open_trunk(config.trunk, base, name=config.trunk_name)
-    _check_same_trunk(output, trunk)
-    data = _read(config, trunk, base)
-    model = _model(trunk, data, seed=config.seed)
-    runs = {
-        name: TaskRun(of.kind, of.options, of.features, config.tasks[name].weight, config.batch_size(name))
-        for name, of in data.items()
-    }
-    trained = fit(model, runs, settings=config.training, seed=config.seed, pad_id=trunk.spec.pad_id)
-    tasks = [Task(name, of.kind, of.options) for name, of in data.items()]
-    engine = Engine(tasks, EagerBackend(model, pad_id=trunk.spec.pad_id), trunk.text())
-    scores = {name: evaluate(engine, name, of) for name, of in data.items()}
-    checkpoint = seal(
-        output,
-        trunk_part(model, source=trunk.source),
-        tasks=[_part(config, model, engine, name=name, data=of, scores=scores[name]) for name, of in data.items()],
-        tokenizer_json=trunk.tokenizer_json,
-        text=trunk.spec,
-        provenance=_provenance(config, data, scores=scores, trained=trained, command=command),
-        card=card(config, data, scores=scores, source=trunk.source, command=command, versions=_versions()),
-        written_by=f"mtserve {mtserve.__version__}",
+    states = states_folder(config)
+    args = arguments(config.training, seed=config.seed, folder=states or output)
+    with args.main_process_first(local=False, desc="reading data"):
+        run = prepare(config, base=base)
+    _check_same_trunk(output, run.trunk)
+    if states is not None and args.process_index == 0:
+        claim(states, config, run.data, processes=args.world_size)
+    budget = config.training.max_seconds
+    trained = fit(
+        run.model,
+        run.runs,
+        settings=config.training,
+        seed=config.seed,
+        pad_id=run.trunk.spec.pad_id,
+        mixture=config.mixture,
+        evaluator=lambda: {name: _measured(run, name) for name in run.data},
+        folder=states,
+        resume=config.resume,
+        ends_at=None if budget is None else started + budget,
     )
-    return Result(checkpoint, engine, scores, trained)
+    if args.process_index != 0:
+        return None
+    if trained.ended != "finished":
+        sys.stderr.write(f"training stopped after {trained.steps} steps: {trained.ended}\n")
+    result = finish(config, run, trained, command=command)
+    if states is not None:
+        clear(states)
+    return result
+
+
+def _measured(run: Prepared, name: str) -> dict[str, float]:
+    """A task's metrics, its own first: that one counts in the average."""
+    of = run.data[name]
+    metrics = measure(run.engine, name, of)
+    return {of.kind.metric: metrics[of.kind.metric], **metrics}
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:
@@ -100,66 +89,3 @@ def _check_same_trunk(output: Path, trunk: Trunk) -> None:
         ):
             found = f"{held.manifest.trunk.source} ({held.manifest.trunk.family})"
             raise ConfigError(f"{output} holds a checkpoint of another trunk, {found}; allowed: another output")
-
-
-def _read(config: RunConfig, trunk: Trunk, base: Path) -> dict[str, TaskData]:
-    """Every task's data, checked against the trunk; what was left out is said on stderr."""
-    text, data = trunk.text(), {}
-    for name, task in config.tasks.items():
-        data[name] = read_task(name, task, text, base=base, on_bad_record=config.on_bad_record)
-        trunk.check(name, task.handler, data[name].options)
-        for which, split in (("train", data[name].train), ("eval", data[name].eval)):
-            if bad := split.bad.messages:
-                found = f"{len(bad)} of {len(bad) + len(split)} records left out; the first: {bad[0]}"
-                sys.stderr.write(f"{name} {which}: {found}\n")
-    return data
-
-
-def _model(trunk: Trunk, data: Mapping[str, TaskData], *, seed: int) -> Model:
-    """The trunk with fresh heads, in the order of the tasks, so that a seed gives the same weights again."""
-    torch.manual_seed(seed)
-    model = Model(trunk.model)
-    for name, of in data.items():
-        model.add(name, of.kind.head(of.options))
-    return model
-
-
-def _part(config: RunConfig, model: Model, engine: Engine, *, name: str, data: TaskData, scores: Scores) -> TaskPart:
-    examples = data.eval.examples
-    golden = [data.kind.unlabelled(example) for example in examples[: config.golden_rows]]
-    labelled = [e.model_dump(mode="json", exclude_none=True) for e in examples[: config.calibration_rows]]
-    return task_part(
-        model,
-        name,
-        kind=data.kind.name,
-        options=data.options,
-        golden=golden_rows(engine, name, golden),
-        calibration=labelled,
-        metrics=scores.metrics,
-    )
-
-
-def _provenance(
-    config: RunConfig, data: Mapping[str, TaskData], *, scores: Mapping[str, Scores], trained: Trained, command: str
-) -> dict[str, Any]:
-    def of(split: Split) -> dict[str, Any]:
-        return {"sha256": split.sha256, "rows": len(split), "left_out": len(split.bad.messages)}
-
-    return {
-        "config": config.model_dump(mode="json"),
-        "command": command,
-        "data": {name: {"train": of(task.train), "eval": of(task.eval)} for name, task in data.items()},
-        "metrics": {name: found.metrics for name, found in scores.items()},
-        "baselines": {name: found.baseline for name, found in scores.items()},
-        "training": {"steps": trained.steps, "seconds": round(trained.seconds, 1), "tokens": trained.tokens},
-        "log": trained.log,
-        "versions": _versions(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "mtserve": mtserve.__version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in _VERSIONS},
-    }

@@ -24,6 +24,7 @@ class Trunk:
     tokenizer_json: str
     spec: TextSpec
     source: str
+    folder: Path
 
     def text(self) -> Text:
         return Text(self.tokenizer_json, self.spec)
@@ -39,7 +40,9 @@ class Trunk:
             raise ConfigError(f"tasks.{task}.kind: {kind.name} needs a causal trunk; {family} here is bidirectional")
 
 
-def open_trunk(location: str, base: Path, *, name: str | None = None) -> Trunk:
+def open_trunk(
+    location: str, base: Path, *, name: str | None = None, preparation: tuple[str, ...] = ()
+) -> Trunk:
     """Load a trunk from a folder (relative to `base`, else to the working directory) or the hub.
 
     Raises ResolveError, or CheckpointError for weights or a tokenizer that cannot be used.
@@ -48,11 +51,12 @@ def open_trunk(location: str, base: Path, *, name: str | None = None) -> Trunk:
     folder = resolve(base / location if beside else location)
     model = load_trunk(str(folder))
     tokenizer = tokenizer_json(folder)
-    spec = _spec(folder, model.config, tokenizer)
+    spec = _spec(folder, model.config, tokenizer).model_copy(update={"preparation": preparation})
     words, entries = Text(tokenizer, spec).vocab_size, model.get_input_embeddings().weight.shape[0]
     if words > entries:
         raise CheckpointError(f"{folder}: the tokenizer has {words} tokens, the trunk embeds {entries}")
-    return Trunk(model, tokenizer, spec, name or (folder.name if Path(location).is_dir() or beside else location))
+    source = name or (folder.name if Path(location).is_dir() or beside else location)
+    return Trunk(model, tokenizer, spec, source, folder)
 
 
 def tokenizer_json(folder: Path) -> str:

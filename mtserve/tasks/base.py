@@ -13,18 +13,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
-from mtserve.errors import InputError
+from mtserve.errors import CheckpointError, InputError
+from mtserve.preparation import expand
 from mtserve.rows import Floats, Row
+from mtserve.tasks.measures import LabelScores, Weighted, once
 from mtserve.tasks.validation import json_type, validate
 from mtserve.text import Limits, OnLong, Text
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 Reads = Literal["first", "last", "pooled", "all"]
-Architecture = Literal["sequence_classification", "token_classification", "multiple_choice", "causal_lm", "pooling"]
+Architecture = Literal[
+    "sequence_classification", "token_classification", "multiple_choice", "causal_lm", "masked_lm", "pooling"
+]
 Metrics = dict[str, float]
 Item = Any
 """One element of a request's `inputs`, as parsed from JSON."""
@@ -52,6 +57,24 @@ class HeadSpec(BaseModel):
     reads: Reads | None = None
 
 
+@dataclass(frozen=True)
+class LossTerms:
+    """How a training weighs errors. It changes no ids, logits or labels, so it is no option and in no manifest.
+
+    label_smoothing   share of a target that is spread evenly over all classes (Szegedy et al., 2016), in [0, 1)
+    class_weights     one a class, in the order of the head's outputs
+
+    Means are PyTorch's: with class weights, over the weights of the targets of this batch; so micro-batches of other
+    classes have other denominators, and the mean of their means is not quite the mean of one large batch.
+    """
+
+    label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+
+
+PLAIN = LossTerms()
+
+
 class Options(BaseModel):
     """Fixed for a task: everything that changes ids, logits or labels."""
 
@@ -60,10 +83,21 @@ class Options(BaseModel):
     max_length: int = Field(default=128, ge=4, description="Most tokens of a row, special tokens included.")
     on_long: OnLong = Field(default="truncate", description="What happens to longer texts.")
     stride: int = Field(default=16, ge=0, description="Tokens that neighbouring windows share.")
+    preparation: tuple[str, ...] | None = Field(
+        default=None, description="Text preparation of this task alone; without it the checkpoint's own steps."
+    )
 
     @property
     def limits(self) -> Limits:
-        return Limits(self.max_length, self.on_long, self.stride)
+        return Limits(self.max_length, self.on_long, self.stride, self.preparation)
+
+    @field_validator("preparation")
+    @classmethod
+    def _known_steps(cls, preparation: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        try:
+            return None if preparation is None else expand(preparation)
+        except CheckpointError as error:
+            raise ValueError(str(error)) from error
 
     @model_validator(mode="after")
     def _stride_fits(self) -> Options:
@@ -132,6 +166,7 @@ class Kind(ABC, Generic[O_, P_, E_, L_]):
     causal       needs a trunk in which no position sees a later one
     takes_text   a bare string is an example
     label_field  the field of a prediction that holds one of the task's labels
+    loss_terms   names of the `LossTerms` that the kind's loss can use
     """
 
     name: ClassVar[str]
@@ -144,6 +179,7 @@ class Kind(ABC, Generic[O_, P_, E_, L_]):
     causal: ClassVar[bool] = False
     takes_text: ClassVar[bool] = True
     label_field: ClassVar[str | None] = None
+    loss_terms: ClassVar[frozenset[str]] = frozenset()
 
     # what the trunk sees
 
@@ -155,6 +191,10 @@ class Kind(ABC, Generic[O_, P_, E_, L_]):
         """Rows and target of a training example; the rows are those of `rows` unless the truth is part of them."""
         rows = self.rows(self.unlabelled(example), options, text)
         return rows, self.target(example, rows, options)
+
+    def corrupt(self, rows: list[Row], target: Any, rng: np.random.Generator) -> tuple[list[Row], Any]:
+        """What one pass of training sees of an example's features: anew for each epoch, the same for an equal `rng`."""
+        return rows, target
 
     def unlabelled(self, example: L_) -> E_:
         """The example without its truth: what a caller would send."""
@@ -171,16 +211,28 @@ class Kind(ABC, Generic[O_, P_, E_, L_]):
         """What the loss compares the logits of these rows with. Raises InputError for a label that is not known."""
 
     @abstractmethod
-    def loss(self, logits: Tensor, rows: Sequence[Sequence[Row]], targets: Sequence[Any], options: O_) -> Tensor:
+    def loss(
+        self,
+        logits: Tensor,
+        rows: Sequence[Sequence[Row]],
+        targets: Sequence[Any],
+        options: O_,
+        terms: LossTerms = PLAIN,
+    ) -> Tensor:
         """Mean loss, a scalar, over examples (over tokens for kinds of token outputs).
 
         logits: (rows, n_out), or (rows, seq, n_out) padded at the right; rows of all examples one after another.
         rows, targets: one entry an example.
+        terms: only those that `loss_terms` names count.
         """
 
     def fit(self, examples: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
         """Options with what must be learned from the raw records of the training split (label names) filled in."""
         return dict(options)
+
+    def classes(self, options: O_) -> Mapping[str, tuple[str, ...]]:
+        """Fields of a labelled example whose texts are names of classes, with all names in order."""
+        return {}
 
     # decoding
 
@@ -197,13 +249,36 @@ class Kind(ABC, Generic[O_, P_, E_, L_]):
 
     # evaluation
 
-    @abstractmethod
     def metrics(self, predictions: Sequence[Any], examples: Sequence[L_], options: O_) -> Metrics:
-        """Metrics of predictions against labelled examples, in [-1, 1]."""
+        """Metrics of predictions against labelled examples, in [-1, 1]. A kind defines this or `weighted_metrics`."""
+        weighted = self.weighted_metrics(predictions, examples, options)
+        if weighted is None:
+            raise NotImplementedError(f"{self.name} defines neither metrics nor weighted_metrics")
+        return once(weighted, len(examples))
+
+    def weighted_metrics(self, predictions: Sequence[Any], examples: Sequence[L_], options: O_) -> Weighted | None:
+        """The metrics as a function of how often each example counts, by which a bootstrap is quick; else None."""
+        return None
+
+    def report(self, predictions: Sequence[Any], examples: Sequence[L_], options: O_) -> dict[str, LabelScores]:
+        """Precision, recall, F1 and support of each label; empty for kinds without labels."""
+        return {}
+
+    def confusion(self, predictions: Sequence[Any], examples: Sequence[L_], options: O_) -> list[list[int]] | None:
+        """Counts [true label][given label] in the order of the labels, where an example has and gets just one."""
+        return None
 
     @abstractmethod
     def baseline(self, examples: Sequence[L_], options: O_) -> Any:
         """The constant prediction that training labels alone suggest (majority, mean, nothing)."""
+
+    def copied(self, example: L_, options: O_) -> Any:
+        """The prediction that gives the input back, where that can be an answer; else None."""
+        return None
+
+    def truths(self, example: L_, options: O_) -> Sequence[str]:
+        """What an audit counts of an example's truth: its labels, a band of its score; empty for free text."""
+        return ()
 
     # the edges
 

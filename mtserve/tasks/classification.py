@@ -12,7 +12,8 @@ from typing_extensions import TypedDict
 
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Row
-from mtserve.tasks.base import Example, HeadSpec, Kind, Metrics, Options, Parameters, Work
+from mtserve.tasks.base import PLAIN, Example, HeadSpec, Kind, LossTerms, Options, Parameters, Work
+from mtserve.tasks.measures import LabelScores, Weighted, f_scores, label_report, macro_f1, mcc, mean, total
 from mtserve.tasks.scores import sigmoid, softmax
 from mtserve.tasks.windows import merge, merge_tensor
 from mtserve.text import Text
@@ -74,6 +75,7 @@ class Classification(
     prediction = list[LabelScore]
     metric = "macro_f1"
     label_field = "label"
+    loss_terms = frozenset({"label_smoothing", "class_weights"})
 
     def rows(self, example: ClassificationExample, options: ClassificationOptions, text: Text) -> list[Row]:
         return text.rows(example.text, example.text_pair, limits=options.limits)
@@ -92,6 +94,9 @@ class Classification(
             fitted["labels"] = sorted(found)
         return fitted
 
+    def classes(self, options: ClassificationOptions) -> Mapping[str, tuple[str, ...]]:
+        return {"label": options.labels}
+
     def target(self, example: LabelledClassification, rows: Sequence[Row], options: ClassificationOptions) -> Any:
         names = [example.label] if isinstance(example.label, str) else list(example.label)
         unknown = [name for name in names if name not in options.labels]
@@ -105,16 +110,26 @@ class Classification(
         return indexes[0]
 
     def loss(
-        self, logits: Tensor, rows: Sequence[Sequence[Row]], targets: Sequence[Any], options: ClassificationOptions
+        self,
+        logits: Tensor,
+        rows: Sequence[Sequence[Row]],
+        targets: Sequence[Any],
+        options: ClassificationOptions,
+        terms: LossTerms = PLAIN,
     ) -> Tensor:
+        """Cross entropy; of several labels at once the mean over examples and labels, where a class weight scales both
+        sides of its label, and smoothing moves 0 and 1 towards 1/2."""
         import torch
         from torch.nn import functional
 
         merged = torch.cat(merge_tensor(rows, logits))  # (examples, n_out)
         wanted = torch.as_tensor(np.stack(targets), device=logits.device)
+        smooth, weight = terms.label_smoothing, terms.class_weights
+        weights = None if weight is None else merged.new_tensor(weight)
         if options.multi_label:
-            return functional.binary_cross_entropy_with_logits(merged, wanted.to(merged.dtype))
-        return functional.cross_entropy(merged, wanted.long())
+            shares = wanted.to(merged.dtype) * (1 - smooth) + smooth / 2
+            return functional.binary_cross_entropy_with_logits(merged, shares, weights)
+        return functional.cross_entropy(merged, wanted.long(), weights, label_smoothing=smooth)
 
     def decode(self, work: Work, options: ClassificationOptions, text: Text) -> list[LabelScore]:
         parameters = work.parameters
@@ -126,22 +141,54 @@ class Classification(
         ranked = [LabelScore(label=options.labels[i], score=float(scores[i])) for i in order]
         return [r for r in ranked if parameters.threshold is None or r["score"] >= parameters.threshold]
 
-    def metrics(
+    def weighted_metrics(
         self,
         predictions: Sequence[list[LabelScore]],
         examples: Sequence[LabelledClassification],
         options: ClassificationOptions,
-    ) -> Metrics:
-        from sklearn.metrics import accuracy_score, f1_score
+    ) -> Weighted:
+        """Accuracy (of whole label sets in the multi-label case), F1 as the mean over the labels that are true or given
+        at all, and Matthews' coefficient, or for a multi-label task F1 over all decisions together."""
+        counts = self._counts(predictions, examples, options)
+        accuracy = mean("accuracy", (counts[..., 1] == counts[..., 2]).all(1))
 
+        def of(weights: Any) -> dict[str, Any]:
+            summed = total(weights, counts)
+            last = {"micro_f1": f_scores(summed.sum(1))["f1"]} if options.multi_label else {"mcc": mcc(summed)}
+            return {**accuracy(weights), "macro_f1": macro_f1(summed), **last}
+
+        return of
+
+    def report(
+        self,
+        predictions: Sequence[list[LabelScore]],
+        examples: Sequence[LabelledClassification],
+        options: ClassificationOptions,
+    ) -> dict[str, LabelScores]:
+        return label_report(options.labels, self._counts(predictions, examples, options).sum(0))
+
+    def confusion(
+        self,
+        predictions: Sequence[list[LabelScore]],
+        examples: Sequence[LabelledClassification],
+        options: ClassificationOptions,
+    ) -> list[list[int]] | None:
+        if options.multi_label:
+            return None
+        counts = self._counts(predictions, examples, options)
+        matrix: list[list[int]] = (counts[..., 2].T @ counts[..., 1]).tolist()
+        return matrix
+
+    def _counts(
+        self,
+        predictions: Sequence[list[LabelScore]],
+        examples: Sequence[LabelledClassification],
+        options: ClassificationOptions,
+    ) -> Any:
+        """(examples, labels, 3): given rightly, given, true."""
         true = np.stack([self._hot(e.label, options) for e in examples])
         guess = np.stack([self._hot(self._chosen(p, options), options) for p in predictions])
-        scores = {"accuracy": accuracy_score(true, guess)}  # of whole label sets in the multi-label case
-        present = true.any(0) | guess.any(0)
-        scores["macro_f1"] = f1_score(true[:, present], guess[:, present], average="macro", zero_division=0)
-        if options.multi_label:
-            scores["micro_f1"] = f1_score(true, guess, average="micro", zero_division=0)
-        return {name: float(value) for name, value in scores.items()}
+        return np.stack([true * guess, guess, true], axis=-1)
 
     @staticmethod
     def _chosen(prediction: list[LabelScore], options: ClassificationOptions) -> tuple[str, ...]:
@@ -158,6 +205,9 @@ class Classification(
         counts = Counter(name for e in examples for name in ([e.label] if isinstance(e.label, str) else e.label))
         scores = {name: counts[name] / max(len(examples), 1) for name in options.labels}
         return [LabelScore(label=n, score=s) for n, s in sorted(scores.items(), key=lambda item: -item[1])]
+
+    def truths(self, example: LabelledClassification, options: ClassificationOptions) -> tuple[str, ...]:
+        return (example.label,) if isinstance(example.label, str) else example.label
 
     def sample(self, options: ClassificationOptions) -> ClassificationExample:
         return ClassificationExample(text="The parcel arrived two days late, but the support team was kind.")

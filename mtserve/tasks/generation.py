@@ -15,7 +15,8 @@ from typing_extensions import TypedDict
 
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Row
-from mtserve.tasks.base import IGNORED, Example, HeadSpec, Kind, Metrics, Options, Parameters, Work
+from mtserve.tasks.base import IGNORED, PLAIN, Example, HeadSpec, Kind, LossTerms, Options, Parameters, Work
+from mtserve.tasks.measures import Weighted, mean
 from mtserve.tasks.token_loss import token_loss
 from mtserve.text import Text
 
@@ -68,6 +69,7 @@ class Generation(Kind[GenerationOptions, GenerationParameters, GenerationExample
     prediction = list[GeneratedText]
     metric = "exact_match"
     causal = True
+    loss_terms = frozenset({"label_smoothing"})
 
     def rows(self, example: GenerationExample, options: GenerationOptions, text: Text) -> list[Row]:
         return [self._prompt(example.text, options, text, answer=options.max_new_tokens)]
@@ -107,9 +109,14 @@ class Generation(Kind[GenerationOptions, GenerationParameters, GenerationExample
         raise TypeError("the target of a generation is part of its rows: call features()")
 
     def loss(
-        self, logits: Tensor, rows: Sequence[Sequence[Row]], targets: Sequence[Any], options: GenerationOptions
+        self,
+        logits: Tensor,
+        rows: Sequence[Sequence[Row]],
+        targets: Sequence[Any],
+        options: GenerationOptions,
+        terms: LossTerms = PLAIN,
     ) -> Tensor:
-        return token_loss(logits, targets)
+        return token_loss(logits, targets, terms)
 
     def advance(self, work: Work, options: GenerationOptions, text: Text) -> bool:
         assert isinstance(work.parameters, GenerationParameters)
@@ -130,17 +137,20 @@ class Generation(Kind[GenerationOptions, GenerationParameters, GenerationExample
             found = f"{asked} is over this task's limit of {options.max_new_tokens}"
             raise InputError(Problem(found, field="parameters.max_new_tokens"))
 
-    def metrics(
+    def weighted_metrics(
         self,
         predictions: Sequence[list[GeneratedText]],
         examples: Sequence[LabelledGeneration],
         options: GenerationOptions,
-    ) -> Metrics:
+    ) -> Weighted:
         pairs = zip(predictions, examples, strict=True)
-        return {"exact_match": float(np.mean([p[0]["generated_text"].strip() == e.target.strip() for p, e in pairs]))}
+        return mean("exact_match", [p[0]["generated_text"].strip() == e.target.strip() for p, e in pairs])
 
     def baseline(self, examples: Sequence[LabelledGeneration], options: GenerationOptions) -> list[GeneratedText]:
         return [GeneratedText(generated_text="", translation_text="")]
+
+    def copied(self, example: LabelledGeneration, options: GenerationOptions) -> list[GeneratedText]:
+        return [GeneratedText(generated_text=example.text, translation_text=example.text)]
 
     def sample(self, options: GenerationOptions) -> GenerationExample:
         return GenerationExample(text="I do not know where he has gone.")

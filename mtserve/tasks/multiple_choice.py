@@ -12,7 +12,8 @@ from typing_extensions import TypedDict
 
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Row
-from mtserve.tasks.base import Example, HeadSpec, Kind, Metrics, Options, Parameters, Work
+from mtserve.tasks.base import PLAIN, Example, HeadSpec, Kind, LossTerms, Options, Parameters, Work
+from mtserve.tasks.measures import Weighted, mean
 from mtserve.tasks.scores import softmax
 from mtserve.tasks.windows import merge, merge_tensor
 from mtserve.text import Text
@@ -60,6 +61,7 @@ class MultipleChoice(
     labelled = LabelledMultipleChoice
     prediction = list[ChoiceScore]
     metric = "accuracy"
+    loss_terms = frozenset({"label_smoothing"})
     takes_text = False
 
     def rows(self, example: MultipleChoiceExample, options: MultipleChoiceOptions, text: Text) -> list[Row]:
@@ -80,14 +82,25 @@ class MultipleChoice(
         return example.answer
 
     def loss(
-        self, logits: Tensor, rows: Sequence[Sequence[Row]], targets: Sequence[Any], options: MultipleChoiceOptions
+        self,
+        logits: Tensor,
+        rows: Sequence[Sequence[Row]],
+        targets: Sequence[Any],
+        options: MultipleChoiceOptions,
+        terms: LossTerms = PLAIN,
     ) -> Tensor:
+        """Cross entropy over the choices of an example, smoothed over those alone; mean over examples."""
         import torch
         from torch.nn import functional
 
         scores = [part[:, 0] for part in merge_tensor(rows, logits)]  # (choices,) each
+        wanted = torch.as_tensor(targets, device=logits.device)
+        if terms.label_smoothing:  # padding would take its share of the smoothing, and cost infinitely much
+            pairs = zip(scores, wanted, strict=True)
+            each = [functional.cross_entropy(s, w, label_smoothing=terms.label_smoothing) for s, w in pairs]
+            return torch.stack(each).mean()
         padded = torch.nn.utils.rnn.pad_sequence(scores, batch_first=True, padding_value=float("-inf"))
-        return functional.cross_entropy(padded, torch.as_tensor(targets, device=logits.device))
+        return functional.cross_entropy(padded, wanted)
 
     def decode(self, work: Work, options: MultipleChoiceOptions, text: Text) -> list[ChoiceScore]:
         example, parameters = work.example, work.parameters
@@ -97,18 +110,20 @@ class MultipleChoice(
         order = np.argsort(-scores, kind="stable")[: parameters.top_k]
         return [ChoiceScore(index=int(i), choice=example.choices[i], score=float(scores[i])) for i in order]
 
-    def metrics(
+    def weighted_metrics(
         self,
         predictions: Sequence[list[ChoiceScore]],
         examples: Sequence[LabelledMultipleChoice],
         options: MultipleChoiceOptions,
-    ) -> Metrics:
-        right = [p[0]["index"] == e.answer for p, e in zip(predictions, examples, strict=True)]
-        return {"accuracy": float(np.mean(right))}
+    ) -> Weighted:
+        return mean("accuracy", [p[0]["index"] == e.answer for p, e in zip(predictions, examples, strict=True)])
 
     def baseline(self, examples: Sequence[LabelledMultipleChoice], options: MultipleChoiceOptions) -> list[ChoiceScore]:
         index, count = Counter(e.answer for e in examples).most_common(1)[0]
         return [ChoiceScore(index=index, choice="", score=count / len(examples))]
+
+    def truths(self, example: LabelledMultipleChoice, options: MultipleChoiceOptions) -> tuple[str, ...]:
+        return (f"choice {example.answer}",)
 
     def sample(self, options: MultipleChoiceOptions) -> MultipleChoiceExample:
         return MultipleChoiceExample(

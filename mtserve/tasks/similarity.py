@@ -11,7 +11,8 @@ from typing_extensions import TypedDict
 
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Floats, Row
-from mtserve.tasks.base import Example, HeadSpec, Item, Kind, Metrics, Options, Parameters, Work
+from mtserve.tasks.base import PLAIN, Example, HeadSpec, Item, Kind, LossTerms, Options, Parameters, Work
+from mtserve.tasks.measures import Weighted, correlations
 from mtserve.tasks.validation import validate
 from mtserve.tasks.windows import merge, merge_tensor
 from mtserve.text import Text
@@ -86,7 +87,12 @@ class Similarity(Kind[SimilarityOptions, SimilarityParameters, SimilarityExample
         return (example.score - options.low) / (options.high - options.low)
 
     def loss(
-        self, logits: Tensor, rows: Sequence[Sequence[Row]], targets: Sequence[Any], options: SimilarityOptions
+        self,
+        logits: Tensor,
+        rows: Sequence[Sequence[Row]],
+        targets: Sequence[Any],
+        options: SimilarityOptions,
+        terms: LossTerms = PLAIN,
     ) -> Tensor:
         """Squared error on the scale [0, 1]: of the output itself, or of the cosine (Reimers and Gurevych, 2019)."""
         import torch
@@ -104,19 +110,19 @@ class Similarity(Kind[SimilarityOptions, SimilarityParameters, SimilarityExample
         share = _cosine(parts[0], parts[1]) if options.method == "cosine" else float(parts[0, 0])
         return Score(score=options.low + (options.high - options.low) * min(max(share, 0.0), 1.0))
 
-    def metrics(
+    def weighted_metrics(
         self, predictions: Sequence[Score], examples: Sequence[LabelledSimilarity], options: SimilarityOptions
-    ) -> Metrics:
-        """Pearson and Spearman correlation; 0 where one side is constant, since there is nothing to correlate."""
-        from scipy.stats import pearsonr, spearmanr
-
-        guess, true = np.array([p["score"] for p in predictions]), np.array([e.score for e in examples])
-        if np.ptp(guess) == 0 or np.ptp(true) == 0:
-            return {"pearson": 0.0, "spearman": 0.0}
-        return {"pearson": float(pearsonr(guess, true)[0]), "spearman": float(spearmanr(guess, true)[0])}
+    ) -> Weighted:
+        return correlations([p["score"] for p in predictions], [e.score for e in examples])
 
     def baseline(self, examples: Sequence[LabelledSimilarity], options: SimilarityOptions) -> Score:
         return Score(score=float(np.mean([e.score for e in examples])))
+
+    def truths(self, example: LabelledSimilarity, options: SimilarityOptions) -> tuple[str, ...]:
+        """The fifth of the range that the score is in."""
+        step = (options.high - options.low) / 5
+        start = options.low + step * min(int((example.score - options.low) / step), 4)
+        return (f"{start:g} to {start + step:g}",)
 
     def sample(self, options: SimilarityOptions) -> SimilarityExample:
         return SimilarityExample(text="A man is feeding his dog.", text_pair="Someone gives food to a pet.")

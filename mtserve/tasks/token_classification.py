@@ -11,7 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Row
 from mtserve.tasks.aggregation import SpanScore, by_word, in_words, span_scores, token_scores, trimmed
-from mtserve.tasks.base import IGNORED, Example, HeadSpec, Kind, Metrics, Options, Parameters, Work
+from mtserve.tasks.base import IGNORED, PLAIN, Example, HeadSpec, Kind, LossTerms, Options, Parameters, Work
+from mtserve.tasks.measures import LabelScores, Weighted, f_scores, label_report, total
 from mtserve.tasks.scores import softmax
 from mtserve.tasks.spans import (
     Span,
@@ -110,6 +111,7 @@ class TokenClassification(
     prediction = list[SpanScore]
     metric = "f1"
     label_field = "entity_group"
+    loss_terms = frozenset({"label_smoothing", "class_weights"})
 
     def rows(self, example: TokenClassificationExample, options: TokenClassificationOptions, text: Text) -> list[Row]:
         return text.rows(example.joined, limits=options.limits)
@@ -124,6 +126,9 @@ class TokenClassification(
             in_tags = {tag[2:] for record in examples for tag in record.get("tags") or () if tag != "O"}
             fitted["labels"] = sorted(in_spans | in_tags)
         return fitted
+
+    def classes(self, options: TokenClassificationOptions) -> Mapping[str, tuple[str, ...]]:
+        return {"spans": options.labels, "tags": tag_names(options.labels)}
 
     def target(
         self, example: LabelledTokenClassification, rows: Sequence[Row], options: TokenClassificationOptions
@@ -145,10 +150,15 @@ class TokenClassification(
         return targets
 
     def loss(
-        self, logits: Tensor, rows: Sequence[Sequence[Row]], targets: Sequence[Any], options: TokenClassificationOptions
+        self,
+        logits: Tensor,
+        rows: Sequence[Sequence[Row]],
+        targets: Sequence[Any],
+        options: TokenClassificationOptions,
+        terms: LossTerms = PLAIN,
     ) -> Tensor:
-        """Cross entropy, mean over words; 0 for a batch without a single labelled word."""
-        return token_loss(logits, [target for of_example in targets for target in of_example])
+        """Cross entropy, mean over words; 0 for a batch without a single labelled word. Class weights are of tags."""
+        return token_loss(logits, [target for of_example in targets for target in of_example], terms)
 
     def decode(self, work: Work, options: TokenClassificationOptions, text: Text) -> list[SpanScore]:
         example, parameters = work.example, work.parameters
@@ -172,25 +182,48 @@ class TokenClassification(
         kept = [f for f in found if (f.get("entity_group") or f["entity"][2:]) not in parameters.ignore_labels]
         return kept if example.words is None else [in_words(f, words) for f in kept]
 
-    def metrics(
+    def weighted_metrics(
         self,
         predictions: Sequence[list[SpanScore]],
         examples: Sequence[LabelledTokenClassification],
         options: TokenClassificationOptions,
-    ) -> Metrics:
-        """Micro precision, recall and F1 over whole spans: limits and label must both be right (as CoNLL-2003)."""
-        right = guessed = true = 0
-        for prediction, example in zip(predictions, examples, strict=True):
-            gold = set(_gold(example))
+    ) -> Weighted:
+        """Precision, recall and F1 over the spans of all labels together: both limits and the label must be right, and
+        an I- that continues nothing is no span (CoNLL-2003; seqeval's strict IOB2)."""
+        summed = self._counts(predictions, examples, options).sum(1)  # (examples, 3)
+        return lambda weights: f_scores(total(weights, summed))
+
+    def report(
+        self,
+        predictions: Sequence[list[SpanScore]],
+        examples: Sequence[LabelledTokenClassification],
+        options: TokenClassificationOptions,
+    ) -> dict[str, LabelScores]:
+        return label_report(options.labels, self._counts(predictions, examples, options).sum(0))
+
+    def _counts(
+        self,
+        predictions: Sequence[list[SpanScore]],
+        examples: Sequence[LabelledTokenClassification],
+        options: TokenClassificationOptions,
+    ) -> Any:
+        """(examples, labels, 3) spans: found rightly, found, true."""
+        counts = np.zeros((len(examples), len(options.labels), 3), np.int32)
+        for at, (prediction, example) in enumerate(zip(predictions, examples, strict=True)):
+            true = set(_gold(example))
             guess = {(p["start"], p["end"], p["entity_group"]) for p in prediction}
-            right, guessed, true = right + len(gold & guess), guessed + len(guess), true + len(gold)
-        precision, recall = right / max(guessed, 1), right / max(true, 1)
-        return {"precision": precision, "recall": recall, "f1": 2 * right / max(guessed + true, 1)}
+            for which, spans in enumerate((true & guess, guess, true)):
+                for _, _, label in spans:
+                    counts[at, options.labels.index(label), which] += 1
+        return counts
 
     def baseline(
         self, examples: Sequence[LabelledTokenClassification], options: TokenClassificationOptions
     ) -> list[SpanScore]:
         return []  # O is the majority tag
+
+    def truths(self, example: LabelledTokenClassification, options: TokenClassificationOptions) -> list[str]:
+        return [label for _, _, label in _gold(example)]
 
     def sample(self, options: TokenClassificationOptions) -> TokenClassificationExample:
         return TokenClassificationExample(text="Ana Silva moved from Porto to Oslo in May.")

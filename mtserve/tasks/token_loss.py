@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mtserve.tasks.base import IGNORED
+from mtserve.tasks.base import IGNORED, PLAIN, LossTerms
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def token_loss(logits: Tensor, targets: Sequence[Any]) -> Tensor:
-    """Cross entropy of (rows, seq, n_out) logits against one (len,) target array a row, mean over counted tokens."""
+def token_loss(logits: Tensor, targets: Sequence[Any], terms: LossTerms = PLAIN) -> Tensor:
+    """Cross entropy of (rows, seq, n_out) logits against one (len,) target array a row, mean over counted tokens.
+
+    With class weights the mean is PyTorch's: over the weights of the counted targets. 0 where no token counts.
+    """
     import torch
     from torch.nn import functional
 
@@ -20,5 +23,16 @@ def token_loss(logits: Tensor, targets: Sequence[Any]) -> Tensor:
     for row, target in enumerate(targets):
         wanted[row, : len(target)] = torch.from_numpy(target)
     wanted = wanted.to(logits.device)
-    total = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total / (wanted != IGNORED).sum().clamp(min=1)
+    weights = None if terms.class_weights is None else logits.new_tensor(terms.class_weights)
+    total = functional.cross_entropy(
+        logits.flatten(0, 1),
+        wanted.flatten(),
+        weights,
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=terms.label_smoothing,
+    )
+    counted = wanted != IGNORED
+    if weights is None:
+        return total / counted.sum().clamp(min=1)
+    return total / (weights[wanted.clamp(min=0)] * counted).sum().clamp(min=1e-12)

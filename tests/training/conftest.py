@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "token_classification": {"max_length": 32},
     "generation": {"max_length": 32, "max_new_tokens": 4, "template": "{text} [SEP]"},
 }
+
+
+class Held(list[Any]):
+    """Features in memory, read as those of a table are."""
+
+    def of(self, indexes: Sequence[int]) -> list[Any]:
+        return [self[index] for index in indexes]
 
 
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:

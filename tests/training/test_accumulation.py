@@ -10,22 +10,12 @@ from mtserve.tasks import KINDS
 from mtserve.tasks.validation import validate
 from mtserve.text import Text, text_spec
 from tests.tiny import EOS, PAD, TOKENIZER_JSON, trunk_of
-from tests.training.conftest import OPTIONS, rows
-from training import trainer
+from tests.training.conftest import OPTIONS, Held, rows
 from training.config import Training
-from training.trainer import TaskRun, Trained, fit
+from training.fit import TaskRun, Trained, fit
+from training.learner import Learned
 
 Outcome = tuple[Trained, dict[str, torch.Tensor]]
-
-
-@pytest.fixture(autouse=True)
-def _plain_descent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adam hides a wrong scale of the gradient; plain descent shows it."""
-
-    def plain(model: Model, settings: Training) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), lr=settings.learning_rate)
-
-    monkeypatch.setattr(trainer, "optimizer", plain)
 
 
 def _train(kinds: list[str], *, batch_size: int, accumulation: int, steps: int = 3) -> Outcome:
@@ -43,7 +33,7 @@ def _train(kinds: list[str], *, batch_size: int, accumulation: int, steps: int =
         features = [kind.features(validate(kind.labelled, row), options, text) for row in raw]
         assert len({tuple(map(len, rows)) for rows, _ in features}) == 1, "equal tokens, or means of means differ"
         model.add(name, kind.head(options))
-        runs[name] = TaskRun(kind, options, features, 0.5, batch_size)
+        runs[name] = TaskRun(Learned(kind, options), Held(features), 0.5, batch_size)
     for module in model.heads.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -51,7 +41,9 @@ def _train(kinds: list[str], *, batch_size: int, accumulation: int, steps: int =
         epochs=steps,
         learning_rate=1e-3,
         gradient_accumulation=accumulation,
-        scheduler="constant_with_warmup",
+        scheduler="constant",
+        optimizer="sgd",  # Adam hides a wrong scale of the gradient; plain descent shows it
+        weight_decay=0.0,
         warmup_share=0.0,
         max_grad_norm=0.0,
         logging_steps=1,

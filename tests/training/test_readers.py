@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import yaml
+from pydantic import ValidationError
 
 from mtserve.errors import ConfigError
-from training.readers import BadRecord, Record
+from tests.shared_data import ROOT
+from training.readers import FORMATS, BadRecord, Record
 from training.source import Source, fingerprint, read
 
 RECORDS = [{"text": 'Ein Gruß, "ja"', "label": "good"}, {"text": "two\nlines", "label": "bad"}]
@@ -97,8 +102,8 @@ def test_data_set_folder_with_splits(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("d.csv", b"a,a\n1,2\n", "header line of distinct names"),
-        ("d.csv", b'a,b\n"1,2\n', "cannot be read: unexpected end of data"),
-        ("d.csv", b"a\n\xff\n", "cannot be read: 'utf-8'"),
+        ("d.csv", b'a,b\n"1,2\n', "d.csv:2 cannot be read: unexpected end of data"),
+        ("d.csv", b"a\xff\n1\n", "the header line of d.csv is not UTF-8"),
         ("d.parquet", b"no parquet", "d.parquet cannot be read"),
     ],
 )
@@ -113,3 +118,62 @@ def test_missing_places(tmp_path: Path) -> None:
         read(Source(path="none.jsonl"), tmp_path)
     with pytest.raises(ConfigError, match="nobody/nothing/train cannot be read"):
         records(Source(hub="nobody/nothing", split="train"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"path": "d.jsonl", "hub": "d"}, "give either path or hub"),
+        ({"path": "d.jsonl", "format": "jsnol"}, "unknown format 'jsnol'; allowed: absa, commonsenseqa, conll, csv"),
+        ({"path": "d.txt"}, r"'d.txt' has no known format; allowed: .jsonl, .csv, .tsv, .parquet, or format: absa"),
+        ({"path": "d", "format": "parallel"}, "format parallel needs a split"),
+        ({"path": "d.txt", "format": "conll", "split": "dev"}, "split goes with hub, not with path"),
+        ({"hub": "d", "split": "train", "format": "csv"}, "format csv is of files; allowed with hub: commonsenseqa"),
+        ({"path": "d.xml", "format": "absa", "encoding": "utf-8"}, "text files; d.xml states its own"),
+        ({"hub": "d", "split": "train", "encoding": "utf-8"}, "text files; d/train states its own"),
+        ({"path": "d.csv", "encoding": "utf-9"}, "unknown encoding 'utf-9'"),
+        ({"path": "d.csv", "encoding": "base64"}, "unknown encoding 'base64'"),
+        ({"path": "d.txt", "format": "conll", "options": {"tags": 1}}, "options of conll: unknown key 'tags'"),
+        ({"path": "d.txt", "format": "conll", "options": {"scheme": "io"}}, "conll: scheme: Input should be"),
+        ({"path": "d.csv", "options": {"header": 1}}, "options of csv: unknown key 'header'; allowed: "),
+        ({"hub": "d", "split": "train", "options": {"a": 1}}, "options of d/train: unknown key 'a'"),
+        ({"path": "d", "split": "x", "format": "strap"}, "view translate needs a style"),
+        ({"path": "d", "split": "x", "format": "strap", "options": {"view": "style", "style": "a"}}, "takes all"),
+    ],
+)
+def test_what_a_source_refuses(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Source(**given)
+
+
+def test_shown() -> None:
+    assert Source(path="d.csv").shown == "d.csv"
+    assert Source(path="d", split="train", format="parallel", options={"source": "a", "target": "b"}).shown == "d/train"
+    assert Source(hub="glue", config="rte", split="train").shown == "glue/rte/train"
+
+
+def test_fingerprint_is_of_bytes_and_of_how_they_are_read(tmp_path: Path) -> None:
+    for name, text in (("train.a", "x\n"), ("train.b", "y\n"), ("dev.a", "x\n"), ("dev.b", "y\n"), ("d.csv", "a\nb\n")):
+        (tmp_path / name).write_text(text)
+    shutil.copy(tmp_path / "d.csv", tmp_path / "e.csv")
+
+    def of(**changed: Any) -> str:
+        given = {"path": ".", "split": "train", "format": "parallel", "options": {"source": "a", "target": "b"}}
+        return fingerprint(Source(**{**given, **changed}), tmp_path)
+
+    assert of() == of(options={"source": "a", "target": "b", "view": "translate"}, columns={"text": "target"})
+    others = [of(), of(split="dev"), of(encoding="cp1256"), of(options={"source": "b", "target": "a"})]
+    (tmp_path / "train.b").write_text("z\n")
+    assert len({of(), *others}) == 5
+    assert fingerprint(Source(path="d.csv"), tmp_path) == fingerprint(Source(path="e.csv"), tmp_path)
+    assert fingerprint(Source(path="d.csv"), tmp_path) != fingerprint(Source(path="d.csv", format="tsv"), tmp_path)
+
+
+def test_the_documentation_shows_every_format_and_option() -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    shown = [Source(**yaml.safe_load(block)["train"]) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    assert {source.format_name for source in shown if source.path} >= set(FORMATS) - {"jsonl", "tsv", "parquet"}
+    for name, rules in FORMATS.items():
+        assert f"`{name}`" in text
+        for option in rules.options.model_fields:
+            assert f"`{option}" in text, f"{option} of {name}"

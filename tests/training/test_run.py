@@ -19,7 +19,7 @@ from mtserve.golden import check_golden
 from tests.tiny import TOKENIZER_JSON
 from tests.training.conftest import Run
 from training.__main__ import main
-from training.config import read_config
+from training.runfile import read_config
 from training.run import Result, train
 from training.trunk import tokenizer_json
 
@@ -73,7 +73,7 @@ def test_a_sealed_run_predicts_the_same_in_another_process(run_file: Run, family
     assert manifest.trunk.causal == (family == "gpt2")
     assert manifest.provenance["metrics"].keys() == manifest.provenance["baselines"].keys() == tasks.keys()
     files = {file.suffix for file in checkpoint.folder.rglob("*") if file.is_file()}
-    assert files == {".json", ".jsonl", ".safetensors", ".md"}
+    assert files == {".json", ".jsonl", ".safetensors", ".md", ".png"}
     card = (checkpoint.folder / "README.md").read_text(encoding="utf-8")
     assert all(name in card for name in [*tasks, *tasks.values(), f"tiny-{family}", "python -m training run.yaml"])
     assert manifest.provenance["data"]["topic"]["train"]["sha256"] in card
@@ -185,7 +185,7 @@ def test_command_line(run_file: Run, capsys: pytest.CaptureFixture[str]) -> None
     assert main([str(path), "training.max_steps=2", "training.bf16=true"]) == 0
     shown = capsys.readouterr()
     lines = [line.split() for line in shown.out.splitlines()]
-    assert lines[0] == ["task", "metric", "value", "baseline"]
+    assert lines[0] == ["task", "metric", "value", "95%", "interval", "majority"]
     assert lines[1][:2] == ["topic", "macro_f1"]
     assert "topic train: 1 of 13 records left out; the first: topic.train.jsonl:13: not JSON" in shown.err
     assert "step 2/2" in shown.err

@@ -8,7 +8,7 @@ import pytest
 
 from mtserve.errors import ConfigError
 from tests.training.conftest import Run
-from training.config import read_config
+from training.runfile import read_config
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_batch_size_of_a_task_wins(run: Path) -> None:
         ("tasks.topic.train.path=x.txt", r"'x\.txt' has no known format; allowed: \.jsonl, \.csv"),
         ("tasks.topic.train={hub: glue}", r"tasks\.topic\.train: a hub data set needs a split"),
         ("tasks={}", r"tasks: dictionary should have at least 1 item"),
-        ("mixture=random", r"mixture: input should be 'proportional'; found 'random'"),
+        ("mixture=random", r"mixture\.strategy: input should be 'proportional', .*; found 'random'"),
         ("seed", r"'seed' is no override; allowed: dotted\.key=value"),
         ("seed.x=1", r"seed\.x cannot be set: seed is 3, not a mapping"),
         ("trunk=[", r"trunk=\[ is not YAML"),

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
-from training.readers.record import BadRecord, Record
+from training.readers.lines import read_lines
+from training.readers.record import BadRecord, Files, NoOptions, Record, Records
 
 
-def read_jsonl(path: Path) -> Iterator[Record | BadRecord]:
-    """Records of a UTF-8 file, with or without a byte order mark, lines ended by LF or CRLF."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path.name}:{number}"
-            content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not content.strip():
-                continue
-            try:
-                data = json.loads(content.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                yield BadRecord(where, f"not UTF-8: {error.reason} at byte {error.start} of the line")
-                continue
-            except ValueError as error:
-                yield BadRecord(where, f"not JSON: {error}")
-                continue
-            yield Record(where, data) if isinstance(data, dict) else BadRecord(where, f"no JSON object: {data!r:.60}")
+def read_jsonl(files: Files, options: NoOptions) -> Records:
+    """The objects, with the columns that each has."""
+    for line in read_lines(files.path, files.encoding):
+        if not line.text.strip():
+            continue
+        try:
+            data = None if line.fault else json.loads(line.text)
+            if "\\u" in line.text:
+                json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        except (ValueError, RecursionError) as error:
+            yield BadRecord(line.where, f"not JSON: {error}")
+            continue
+        if isinstance(data, dict):
+            yield Record(line.where, data)
+        else:
+            yield BadRecord(line.where, line.fault or f"no JSON object: {data!r:.60}")

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from mtserve.errors import ConfigError
-from training.readers.record import Record
+from training.readers.record import Files, NoOptions, Record
 
 
-def read_parquet(path: Path) -> Iterator[Record]:
-    """Records of a Parquet file, named by row from 1. Raises ConfigError."""
-    return _rows(path.name, "parquet", data_files=str(path), split="train", streaming=True)
+def read_parquet(files: Files, options: NoOptions) -> Iterator[Record]:
+    """Records named by row from 1. Raises ConfigError."""
+    return _rows(files.path.name, "parquet", data_files=str(files.path), split="train", streaming=True)
 
 
 def read_hub(
@@ -33,7 +33,7 @@ def _rows(shown: str, place: str, **which: Any) -> Iterator[Record]:
         for number, row in enumerate(table, 1):
             yield Record(f"{shown}:{number}", {name: _named(features.get(name), v) for name, v in row.items()})
     except (DatasetNotFoundError, datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise ConfigError(f"{shown} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{shown} cannot be read: {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
 def _named(feature: Any, value: Any) -> Any:

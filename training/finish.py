@@ -1,0 +1,159 @@
+"""The end of a run: every task evaluated, and the checkpoint sealed or the trunk saved. Trains nothing."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mtserve
+from mtserve.checkpoint import Checkpoint
+from mtserve.engine import Engine
+from mtserve.golden import golden_rows
+from mtserve.sealing import TaskPart, seal
+from mtserve.weights import task_part, trunk_part
+from training.audit import audit
+from training.card import card
+from training.config import RunConfig
+from training.evaluate import Scores, evaluate
+from training.figures import figures
+from training.fit import Trained
+from training.prepare import Prepared
+
+_VERSIONS = ("torch", "transformers", "tokenizers", "datasets")
+_OF_THE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: what was written, the engine over the model as it was sealed, and how well it does.
+
+    scores   of each task on its evaluation split; `test` of those that have a test split
+    """
+
+    folder: Path
+    engine: Engine
+    scores: dict[str, Scores]
+    test: dict[str, Scores]
+    trained: Trained
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Raises CheckpointError for a run whose result is a trunk."""
+        return Checkpoint.open(self.folder)
+
+    @property
+    def splits(self) -> dict[str, dict[str, Scores]]:
+        """The scores by split."""
+        return {"eval": self.scores, **({"test": self.test} if self.test else {})}
+
+
+def finish(config: RunConfig, run: Prepared, trained: Trained, *, command: str) -> Result:
+    """Evaluate all tasks and write the run's output. Raises CheckpointError."""
+    folder = Path(config.output)
+    scores = {n: evaluate(run.engine, n, of, resamples=config.resamples) for n, of in run.data.items()}
+    test = {
+        name: evaluate(run.engine, name, of, split="test", resamples=config.resamples)
+        for name, of in run.data.items()
+        if of.test is not None
+    }
+    pictures = figures(trained.log, scores)
+    text = card(
+        config,
+        run.data,
+        scores=scores,
+        test=test,
+        audit=audit(run.data),
+        source=run.trunk.source,
+        command=command,
+        versions=_versions(),
+        figures=pictures,
+    )
+    result = Result(folder, run.engine, scores, test, trained)
+    if config.result == "trunk":
+        _save_trunk(folder, run, text, pictures)
+    else:
+        _seal(config, run, result, command=command, text=text, pictures=pictures)
+    return result
+
+
+def _seal(
+    config: RunConfig, run: Prepared, result: Result, *, command: str, text: str, pictures: Mapping[str, bytes]
+) -> None:
+    """Seal the tasks that can be served; those that only train the trunk are left out."""
+    seal(
+        result.folder,
+        trunk_part(run.model, source=run.trunk.source),
+        tasks=[_part(config, run, name=name, scores=result.scores[name]) for name in config.sealed],
+        tokenizer_json=run.trunk.tokenizer_json,
+        text=run.trunk.spec,
+        provenance=_provenance(config, run, result, command=command),
+        card=text,
+        extras=pictures,
+        written_by=f"mtserve {mtserve.__version__}",
+    )
+
+
+def _part(config: RunConfig, run: Prepared, *, name: str, scores: Scores) -> TaskPart:
+    of = run.data[name]
+    golden = [of.kind.unlabelled(example) for example in of.eval.examples[: config.golden_rows]]
+    labelled = [e.model_dump(mode="json", exclude_none=True) for e in of.eval.examples[: config.calibration_rows]]
+    return task_part(
+        run.model,
+        name,
+        kind=of.kind.name,
+        options=of.options,
+        golden=golden_rows(run.engine, name, golden),
+        calibration=labelled,
+        metrics=scores.metrics,
+    )
+
+
+def _save_trunk(folder: Path, run: Prepared, text: str, pictures: Mapping[str, bytes]) -> None:
+    """The adapted trunk as a plain Transformers folder, with its tokenizer; further runs take it as their trunk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trunk_part(run.model, source=run.trunk.source).write(folder)
+    (folder / "tokenizer.json").write_text(run.trunk.tokenizer_json, encoding="utf-8")
+    for name in _OF_THE_TOKENIZER:
+        if (run.trunk.folder / name).is_file():
+            shutil.copyfile(run.trunk.folder / name, folder / name)
+    for name, content in {**pictures, "README.md": text.encode()}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def _provenance(config: RunConfig, run: Prepared, result: Result, *, command: str) -> dict[str, Any]:
+    trained = result.trained
+    data = {
+        name: {
+            which: {"sha256": split.sha256, "rows": len(split), "left_out": len(split.bad.messages)}
+            for which, split in of.splits.items()
+        }
+        for name, of in run.data.items()
+    }
+    return {
+        "config": config.model_dump(mode="json"),
+        "command": command,
+        "data": data,
+        "metrics": {name: found.metrics for name, found in result.scores.items()},
+        "baselines": {name: found.baseline for name, found in result.scores.items()},
+        "test": {name: found.metrics for name, found in result.test.items()},
+        "training": {
+            "steps": trained.steps,
+            "seconds": round(trained.seconds, 1),
+            "tokens": trained.tokens,
+            "ended": trained.ended,
+            "best_step": trained.best_step,
+        },
+        "log": trained.log,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    own = {"mtserve": mtserve.__version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in _VERSIONS}

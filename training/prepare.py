@@ -1,0 +1,104 @@
+"""A run before its first step: trunk, data, fresh heads, losses. Trains nothing and writes nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtserve.backends.eager import EagerBackend
+from mtserve.engine import Engine, Task
+from mtserve.errors import ConfigError
+from mtserve.model import Model
+from training.config import RunConfig
+from training.fit import TaskRun, check_best
+from training.learner import Learned
+from training.pretraining import MaskedLM, load_head
+from training.splits import TaskData, read_task
+from training.trunk import Trunk, open_trunk
+from training.weighing import loss_terms
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its first step: the trunk with fresh heads, and the data."""
+
+    trunk: Trunk
+    data: dict[str, TaskData]
+    model: Model
+    runs: dict[str, TaskRun]
+    engine: Engine
+
+
+def prepare(config: RunConfig, *, base: Path) -> Prepared:
+    """Trunk, data and fresh heads of a run. Raises SetupError."""
+    torch.manual_seed(config.seed)  # a trunk's folder may lack a pooler, which is then made
+    trunk = open_trunk(config.trunk, base, name=config.trunk_name, preparation=config.steps)
+    data = _read(config, trunk, base if config.data_dir is None else Path(config.data_dir))
+    smoothing, runs = config.training.label_smoothing, {}
+    if smoothing and not any("label_smoothing" in of.kind.loss_terms for of in data.values()):
+        raise ConfigError("training.label_smoothing: no task here has a loss that can use it")
+    for name, of in data.items():
+        wanted = config.tasks[name]
+        terms = loss_terms(
+            of.kind,
+            of.options,
+            targets=(target for _, target in of.train.features) if wanted.class_weights else (),
+            label_smoothing=smoothing if "label_smoothing" in of.kind.loss_terms else 0.0,
+            class_weights=wanted.class_weights,
+        )
+        learned = Learned(of.kind, of.options, terms)
+        runs[name] = TaskRun(learned, of.train.features, wanted.weight, config.batch_size(name))
+    measured = {n: list(of.kind.metrics(*_one(of), of.options)) for n, of in data.items()}
+    check_best(config.training.best, measured)
+    model = _model(trunk, data, seed=config.seed)
+    tasks = [Task(name, of.kind, of.options) for name, of in data.items()]
+    engine = Engine(tasks, EagerBackend(model, pad_id=trunk.spec.pad_id), trunk.text())
+    return Prepared(trunk, data, model, runs, engine)
+
+
+def _one(data: TaskData) -> tuple[list[Any], list[Any]]:
+    """One prediction and its example, to learn the names of a task's metrics."""
+    return [data.kind.baseline(data.train.examples[:1], data.options)], [data.train.examples[0]]
+
+
+def _read(config: RunConfig, trunk: Trunk, base: Path) -> dict[str, TaskData]:
+    """Every task's data, checked against the trunk; what was left out is said on stderr."""
+    text, data = trunk.text(), {}
+    for name, task in config.tasks.items():
+        data[name] = read_task(
+            name,
+            task,
+            text,
+            base=base,
+            on_bad_record=config.on_bad_record,
+            tokenizer_json=trunk.tokenizer_json,
+            limit=config.limit,
+        )
+        trunk.check(name, task.handler, data[name].options)
+        for which, split in data[name].splits.items():
+            if bad := split.bad.messages:
+                found = f"{len(bad)} of {len(bad) + len(split)} records left out; the first: {bad[0]}"
+                sys.stderr.write(f"{name} {which}: {found}\n")
+            if split.repairs:
+                sys.stderr.write(f"{name} {which}: repaired {_counted(split.repairs)}\n")
+    return data
+
+
+def _counted(repairs: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in repairs.items())
+
+
+def _model(trunk: Trunk, data: Mapping[str, TaskData], *, seed: int) -> Model:
+    """The trunk with fresh heads, in the order of the tasks, so that a seed gives the same weights again."""
+    torch.manual_seed(seed)
+    model = Model(trunk.model)
+    for name, of in data.items():
+        model.add(name, of.kind.head(of.options))
+        if isinstance(of.kind, MaskedLM):
+            load_head(model, name, trunk.folder)
+    return model

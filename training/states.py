@@ -1,0 +1,58 @@
+"""The folder beside an output where a run keeps states to resume from. Knows no model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from mtserve.errors import ConfigError
+from training.config import RunConfig
+from training.splits import TaskData
+
+
+def states_folder(config: RunConfig) -> Path | None:
+    """Where states to resume from are kept beside the output; None where the run keeps none."""
+    kept = config.training.save_steps or config.training.best or config.training.report_to or config.resume
+    output = Path(config.output)
+    return output.with_name(output.name + ".training") if kept else None
+
+
+def claim(states: Path, config: RunConfig, data: Mapping[str, TaskData], *, processes: int = 1) -> None:
+    """Write down whose states these are. Raises ConfigError where they are those of another run, or would be lost."""
+    kept = config.model_dump(mode="json", exclude={"output", "overwrite", "resume", "data_dir"})
+    shas = {name: {which: split.sha256 for which, split in of.splits.items()} for name, of in data.items()}
+    mark = hashlib.sha256(json.dumps([kept, shas, processes], sort_keys=True).encode()).hexdigest()
+    path, state = states / "run.json", newest(states)
+    if config.resume and state is None:
+        raise ConfigError(f"resume: {states} holds no state to go on from; allowed: resume: false")
+    if config.resume and (not path.is_file() or json.loads(path.read_text(encoding="utf-8")).get("run") != mark):
+        raise ConfigError(f"{states} holds states of another run; allowed: the config, data and processes of it")
+    if not config.resume and state is not None:
+        raise ConfigError(f"{states} holds states of a run that did not end; allowed: resume: true, or remove it")
+    states.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"run": mark}), encoding="utf-8")
+
+
+def newest(states: Path) -> Path | None:
+    """The last state that was written whole: a process that is killed may leave half of one."""
+    steps = sorted((int(path.name.rpartition("-")[2]), path) for path in states.glob("checkpoint-[0-9]*"))
+    return next((path for _, path in reversed(steps) if _whole(path)), None)
+
+
+def _whole(state: Path) -> bool:
+    try:  # the file that the Trainer writes last
+        return bool(json.loads((state / "trainer_state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
+
+
+def clear(states: Path) -> None:
+    """Remove what resuming needed; what TensorBoard shows stays."""
+    for folder in states.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    (states / "run.json").unlink()
+    if not any(states.iterdir()):
+        states.rmdir()

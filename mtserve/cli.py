@@ -31,14 +31,17 @@ Model = Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id (ow
 
 @app.command()
 def train(
-    run: Annotated[Path, typer.Argument(help="The run file.")],
+    run: Annotated[str, typer.Argument(help="The run file, or the name of a recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: training.epochs=1 seed=3 …")] = None,
+    plan: Annotated[bool, typer.Option(help="Say what the run would do and how long, and train nothing.")] = False,
+    trunk: Annotated[list[str] | None, typer.Option(help="Run once on each of several, and compare.")] = None,
 ) -> None:
     """mtserve train RUN.yaml training.epochs=1
 
     Train the tasks of a run file on one trunk and seal the checkpoint. Runs `python -m training` as a child.
     """
-    child = subprocess.run([sys.executable, "-m", "training", str(run), *(overrides or [])], check=False)
+    options = [*(["--plan"] if plan else []), *(f"--trunk={one}" for one in trunk or ())]
+    child = subprocess.run([sys.executable, "-m", "training", *options, run, *(overrides or [])], check=False)
     raise typer.Exit(child.returncode)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-_TABLES = tempfile.TemporaryDirectory(prefix="tables-")  # removed at exit
-os.environ["HF_DATASETS_CACHE"] = _TABLES.name
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="tables-")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
@@ -15,6 +16,8 @@ import torch
 from hypothesis import settings
 
 from tests.tiny import FAMILIES, TOKENIZER_JSON, Tiny, tiny
+
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 # Timing is never tested, and a failure must come again on the next run.
 settings.register_profile("mtserve", deadline=None, derandomize=True)

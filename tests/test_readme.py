@@ -19,7 +19,7 @@ import pytest
 
 from mtserve.tasks import KINDS
 from tests.tiny import tiny, write_checkpoint
-from training.config import read_config
+from training.runfile import read_config
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 DEMO = {

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="RUN", help="the run file, or the name of a recipe")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a key; the value is parsed as YAML")
     parser.add_argument("--plan", action="store_true", help="say what the run would do and how long, and train nothing")
-    parser.add_argument("--trunks", nargs="+", metavar="TRUNK", help="run once on each trunk, and compare them")
+    parser.add_argument("--trunk", action="append", dest="trunks", help="run once on each of several, and compare")
     return parser
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
-from mtserve.errors import ConfigError
+from mtserve.errors import CheckpointError, ConfigError
 from mtserve.manifest import TaskName
 from mtserve.preparation import expand
 from mtserve.tasks import KINDS
@@ -155,7 +155,10 @@ class RunConfig(Section):
     @field_validator("preparation", mode="before")
     @classmethod
     def _steps(cls, preparation: Any) -> Any:
-        return expand([preparation] if isinstance(preparation, str) else preparation)
+        try:
+            return expand([preparation] if isinstance(preparation, str) else preparation)
+        except CheckpointError as error:
+            raise ValueError(str(error)) from error
 
     @field_validator("preparations", mode="before")
     @classmethod

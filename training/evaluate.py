@@ -5,22 +5,22 @@ Knows no training: the engine may hold a model in training or a loaded checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mtserve.engine import Engine
 from mtserve.errors import ConfigError
-from mtserve.tasks.base import AnyKind, Example, Metrics, Options
-from mtserve.tasks.measures import Array, LabelScores, Weighted
+from mtserve.tasks.base import Example
+from mtserve.tasks.measures import LabelScores, Metrics, Outcomes
 from training.splits import TaskData
 from training.tables import Line
 
-_AT_ONCE = 1024
-_WEIGHTS_AT_ONCE = 2**21
-_SLOW_RESAMPLES = 100
+_EXAMPLES_AT_ONCE = 1024
+_MASKED_TOKENS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -51,51 +51,44 @@ class Scores:
 
 
 def evaluate(engine: Engine, name: str, data: TaskData, *, split: str = "eval", resamples: int = 0) -> Scores:
-    """Predict a whole split as a caller would, and score it; a kind that is slow to score is resampled less often.
-
-    Raises ConfigError for a split that the task does not have.
-    """
-    kind, options = data.kind, data.options
+    """Predict a whole split as a caller would, and score it. Raises ConfigError for a split that the task lacks."""
+    kind, options, train = data.kind, data.options, data.train
     examples = _examples(name, data, split)
-    predictions = _predictions(engine, name, kind, examples)
-    baselines = {"majority": [kind.baseline(data.train.examples, options)] * len(examples)}
+    predictions = _predictions(engine, name, data, examples)
+    outcomes = kind.outcomes(predictions, examples, options)
+    answers = {"majority": kind.constants(predictions, train.examples, train.features, options)}
     copies = [kind.copied(example, options) for example in examples]
     if copies[0] is not None:
-        baselines["copy"] = copies
-    weighted = kind.weighted_metrics(predictions, examples, options)
-    if weighted is None:
-        resamples, weighted = min(resamples, _SLOW_RESAMPLES), _slowly(kind, predictions, examples, options)
+        answers["copy"] = copies
+    score = partial(kind.score, options=options)
     return Scores(
         metric=kind.metric,
-        metrics=kind.metrics(predictions, examples, options),
-        baselines={which: kind.metrics(answers, examples, options) for which, answers in baselines.items()},
+        metrics=score(outcomes),
+        baselines={which: kind.metrics(given, examples, options) for which, given in answers.items()},
         split=split,
         examples=len(examples),
         resamples=resamples,
-        intervals=intervals(weighted, len(examples), resamples) if resamples else {},
-        report=kind.report(predictions, examples, options),
-        confusion=kind.confusion(predictions, examples, options),
+        intervals=intervals(score, outcomes, resamples=resamples) if resamples else {},
+        report=kind.report(outcomes, options),
+        confusion=kind.confusion(outcomes, options),
     )
 
 
 def measure(engine: Engine, name: str, data: TaskData, *, split: str = "eval") -> Metrics:
     """The metrics alone: what an evaluation during training needs. Raises ConfigError as `evaluate`."""
     examples = _examples(name, data, split)
-    return data.kind.metrics(_predictions(engine, name, data.kind, examples), examples, data.options)
+    return data.kind.metrics(_predictions(engine, name, data, examples), examples, data.options)
 
 
-def intervals(weighted: Weighted, examples: int, resamples: int) -> dict[str, tuple[float, float]]:
+def intervals(
+    score: Callable[[Outcomes], Metrics], outcomes: Outcomes, *, resamples: int
+) -> dict[str, tuple[float, float]]:
     """The middle 95 % of each metric over resamples of the examples with replacement, the same ones in every run
     (percentile bootstrap: Efron and Tibshirani, 1993, chapter 13)."""
-    generator = np.random.default_rng(0)
-    size = max(1, _WEIGHTS_AT_ONCE // examples)
-    found: dict[str, list[Array]] = {}
-    for start in range(0, resamples, size):
-        drawn = generator.integers(examples, size=(min(size, resamples - start), examples))
-        weights = np.stack([np.bincount(one, minlength=examples) for one in drawn]).astype(np.float32)
-        for metric, values in weighted(weights).items():
-            found.setdefault(metric, []).append(values)
-    limits = {metric: np.percentile(np.concatenate(values), (2.5, 97.5)) for metric, values in found.items()}
+    generator, size = np.random.default_rng(0), outcomes[0].shape[0]
+    draws = (generator.integers(size, size=size) for _ in range(resamples))
+    found = [score(tuple(one[drawn] for one in outcomes)) for drawn in draws]
+    limits = {metric: np.percentile([one[metric] for one in found], (2.5, 97.5)) for metric in found[0]}
     return {metric: (float(low), float(high)) for metric, (low, high) in limits.items()}
 
 
@@ -123,19 +116,12 @@ def _examples(name: str, data: TaskData, split: str) -> list[Example]:
     return list(data.splits[split].examples)
 
 
-def _predictions(engine: Engine, name: str, kind: AnyKind, examples: Sequence[Example]) -> list[Any]:
-    """In parts, so that the rows and logits of a part only are in memory."""
+def _predictions(engine: Engine, name: str, data: TaskData, examples: Sequence[Example]) -> list[Any]:
+    """In parts, so that the rows and logits of a part only are in memory: of masked tokens fewer, since each position
+    of a row has logits as wide as the vocabulary."""
+    kind, options, size = data.kind, data.options, _EXAMPLES_AT_ONCE
+    if kind.head(options).architecture == "masked_lm":
+        size = max(1, _MASKED_TOKENS_AT_ONCE // options.max_length)
     inputs = [kind.unlabelled(example) for example in examples]
-    parts = (engine.predict(name, inputs[at : at + _AT_ONCE]) for at in range(0, len(inputs), _AT_ONCE))
+    parts = (engine.predict(name, inputs[at : at + size]) for at in range(0, len(inputs), size))
     return [prediction for part in parts for prediction in part]
-
-
-def _slowly(kind: AnyKind, predictions: Sequence[Any], examples: Sequence[Example], options: Options) -> Weighted:
-    """The metrics of each resample by making it."""
-
-    def of(weights: Array) -> dict[str, Array]:
-        drawn = [np.repeat(np.arange(len(examples)), one.astype(int)).tolist() for one in weights]
-        found = [kind.metrics([predictions[i] for i in d], [examples[i] for i in d], options) for d in drawn]
-        return {metric: np.array([one[metric] for one in found]) for metric in found[0]}
-
-    return of

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,8 +46,8 @@ class TaskRun:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training has cost, and its log: entries with `train_loss_<task>` every `logging_steps` steps, of each
-    evaluation, and a last.
+    """What a training has cost, and its log: rows with the tasks' losses, shares and counts (see `Ledger.row`) every
+    `logging_steps` steps, and one of each evaluation.
 
     seconds    of the optimisation, with evaluations in between
     tokens     real ones that went through the trunk
@@ -133,18 +133,19 @@ def make_trainer(
         weight_decay=settings.weight_decay,
         layer_decay=settings.layer_decay,
     )
-    trainer = MultitaskTrainer(
-        Learner(model, {name: task.learned for name, task in tasks.items()}),
-        args,
-        train_dataset={n: FeatureSet(n, t.features, kind=t.learned.kind, seed=seed) for n, t in tasks.items()},
-        data_collator=partial(collate, pad_id=pad_id),
-        evaluator=evaluator,
-        mixture=mixture,
-        batch_sizes={name: task.batch_size or settings.batch_size for name, task in tasks.items()},
-        weights={name: task.weight for name, task in tasks.items()},
-        groups=groups,
-        callbacks=[Progress(), *([EarlyStoppingCallback(settings.patience)] if settings.patience else [])],
-    )
+    with _said():
+        trainer = MultitaskTrainer(
+            Learner(model, {name: task.learned for name, task in tasks.items()}),
+            args,
+            train_dataset={n: FeatureSet(n, t.features, kind=t.learned.kind, seed=seed) for n, t in tasks.items()},
+            data_collator=partial(collate, pad_id=pad_id),
+            evaluator=evaluator,
+            mixture=mixture,
+            batch_sizes={name: task.batch_size or settings.batch_size for name, task in tasks.items()},
+            weights={name: task.weight for name, task in tasks.items()},
+            groups=groups,
+            callbacks=[Progress(), *([EarlyStoppingCallback(settings.patience)] if settings.patience else [])],
+        )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -190,12 +191,19 @@ def arguments(settings: Training, *, seed: int, folder: Path) -> TrainingArgumen
         wanted["metric_for_best_model"] = "eval_" + "_".join(settings.best.rsplit(".", 1))
         wanted["greater_is_better"] = not settings.best.endswith(_LOSS_LIKE)
     given = dict(settings.arguments)
-    try:
+    with _said():
         if settings.scheduler in _FOLLOW_A_METRIC:
             mode = "max" if wanted.get("greater_is_better") else "min"
             given["lr_scheduler_kwargs"] = {"mode": mode, **(given.get("lr_scheduler_kwargs") or {})}
         return TrainingArguments(**{**wanted, **given})
-    except (TypeError, ValueError) as error:
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """What Transformers refuses, as a sentence."""
+    try:
+        yield
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"training: {str(error).splitlines()[0]}") from error
 
 
@@ -214,4 +222,4 @@ def _scratch(folder: Path | None) -> AbstractContextManager[str]:
 def _log(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
     """The rows of losses and the evaluations, without the Trainer's summary and what only it needs."""
     told = [entry for entry in history if "loss" in entry or any(name.startswith("eval_") for name in entry)]
-    return [{n: v for n, v in e.items() if n in _KEPT or n.startswith(("train_loss_", "eval_"))} for e in told]
+    return [{n: v for n, v in e.items() if n in _KEPT or n.startswith(("train_", "eval_"))} for e in told]

@@ -50,9 +50,13 @@ class Learner(nn.Module):
         logits = self.model(task_name, input_ids, attention_mask, token_type_ids)
         return {"loss": task.kind.loss(logits.float(), rows, targets, task.options, task.terms)}
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **placement: Any
+    ) -> None:
         """Compute the trunk's activations again in the backward pass (Chen et al., 2016); the Trainer calls this."""
-        self.model.trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+        self.model.trunk.activation_checkpointing_enable(
+            activation_checkpointing_kwargs=activation_checkpointing_kwargs, **placement
+        )
 
 
 class Features(Protocol):

@@ -100,7 +100,7 @@ class Ledger:
         ends with the task."""
 
         def key(task: str, name: str) -> str:
-            return f"{prefix}_{name}" if not task or prefix.endswith(f"_{task}") else f"{prefix}_{task}_{name}"
+            return f"{prefix}_{name}" if not task or f"_{prefix}".endswith(f"_{task}") else f"{prefix}_{task}_{name}"
 
         return _entries(self._take("eval", gather), (), key)
 

@@ -31,7 +31,7 @@ from mtserve.tasks.base import (
     Parameters,
     Work,
 )
-from mtserve.tasks.measures import Array, Weighted, total
+from mtserve.tasks.measures import Metrics, Outcomes
 from mtserve.tasks.token_loss import token_loss
 from mtserve.text import Text
 
@@ -125,24 +125,21 @@ class MaskedLM(Kind[MaskedLMOptions, Parameters, MaskedLMExample, MaskedLMExampl
                 found.append(MaskedToken(token=int(token), guess=int(guess), loss=float(loss)))
         return found
 
-    def weighted_metrics(
+    def outcomes(
         self,
         predictions: Sequence[list[MaskedToken]],
         examples: Sequence[MaskedLMExample],
         options: MaskedLMOptions,
-    ) -> Weighted:
+    ) -> Outcomes:
+        """(examples, 3) predicted tokens, those guessed right, and the sum of their losses."""
+        sums = [(len(p), sum(o["guess"] == o["token"] for o in p), sum(o["loss"] for o in p)) for p in predictions]
+        return (np.array(sums),)
+
+    def score(self, outcomes: Outcomes, options: MaskedLMOptions) -> Metrics:
         """Share of predicted tokens that are guessed right, and their mean loss in nats; no number without a token."""
-        tokens = np.array([len(p) for p in predictions])
-        sums = {
-            "masked_accuracy": np.array([sum(one["guess"] == one["token"] for one in p) for p in predictions]),
-            "loss": np.array([sum(one["loss"] for one in p) for p in predictions]),
-        }
-
-        def found(weights: Array) -> dict[str, Array]:
-            with np.errstate(invalid="ignore"):
-                return {name: total(weights, of) / total(weights, tokens) for name, of in sums.items()}
-
-        return found
+        tokens, right, loss = outcomes[0].sum(0, dtype=float)
+        with np.errstate(invalid="ignore"):
+            return {"masked_accuracy": float(right / tokens), "loss": float(loss / tokens)}
 
     def baseline(self, examples: Sequence[MaskedLMExample], options: MaskedLMOptions) -> list[MaskedToken]:
         return []  # examples hold no tokens to count; `constants` does

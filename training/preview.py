@@ -25,6 +25,7 @@ def preview(config: RunConfig, *, base: Path) -> str:
         run.model, run.runs, args,
         settings=settings, seed=config.seed, pad_id=run.trunk.spec.pad_id, mixture=config.mixture,
     )  # fmt: skip
+    trainer.current_gradient_accumulation_steps = settings.gradient_accumulation  # which only its own loop sets
     batches = {task: batch for batch in reversed(list(trainer.sampler)[:200]) for task in [batch[0].task]}
 
     def step(task: str) -> int:

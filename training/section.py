@@ -19,5 +19,5 @@ class Section(BaseModel):
         if isinstance(data, Mapping):
             unknown = [key for key in data if key not in cls.model_fields]
             if unknown:
-                raise ValueError(f"unknown key {str(unknown[0])!r}; allowed: {', '.join(cls.model_fields)}")
+                raise ValueError(f"unknown key {str(unknown[0])!r}; allowed: {', '.join(cls.model_fields) or 'none'}")
         return data

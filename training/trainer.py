@@ -77,13 +77,14 @@ class MultitaskTrainer(ReportingTrainer):
     ) -> None:
         args = args or TrainingArguments(output_dir="tmp_trainer")
         check_arguments(args)
+        if args.fp16 and args.device.type == "cpu":
+            raise ConfigError("fp16 would change nothing on a CPU, where there is no float16 training; allowed: bf16")
         args._n_gpu = min(args.n_gpu, 1)  # DataParallel would cut up batches that the sampler has made; DDP does not
         by_task = (of for of in (data_collator, compute_metrics) if isinstance(of, Mapping))
         self._check_names(train_dataset, eval_dataset or {}, batch_sizes or {}, weights or {}, *by_task)
         if isinstance(data_collator, Mapping):
             self._check_names(data_collator, train_dataset, where="data_collator")
-        pad_id = getattr(processing_class, "pad_token_id", None)
-        self.collator = Collator(data_collator or FeatureCollator(pad_id=pad_id or 0))
+        self.collator = Collator(data_collator or FeatureCollator(pad_id=_pad_id(processing_class, model)))
         self.evaluator, self.task_weights, self._groups = evaluator, dict(weights or {}), groups
         self._metrics_of = compute_metrics
         self.sampler = TaskBatches(
@@ -123,6 +124,7 @@ class MultitaskTrainer(ReportingTrainer):
             pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            generator=torch.Generator(),  # else workers, unless they persist, draw on dropout's in each epoch
             **order,
         )
         return self.accelerator.prepare(loader)
@@ -180,6 +182,13 @@ class MultitaskTrainer(ReportingTrainer):
         if self.optimizer is None and self._groups is not None:
             self.optimizer = make_optimizer(self.args, self.model, self._groups)
         return super().create_optimizer(model)
+
+    @override
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except TypeError as error:
+            raise ConfigError(f"lr_scheduler_kwargs: {error}") from error
 
     # evaluation
 
@@ -267,6 +276,12 @@ class MultitaskTrainer(ReportingTrainer):
     @override
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _pad_id(*sources: Any) -> int:
+    """That of the tokenizer, else of the model's config; masked positions may hold any id."""
+    found = (getattr(source, "pad_token_id", None) for one in sources for source in (one, getattr(one, "config", None)))
+    return next((pad for pad in found if pad is not None), 0)
 
 
 def _schedule(

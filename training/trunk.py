@@ -40,9 +40,7 @@ class Trunk:
             raise ConfigError(f"tasks.{task}.kind: {kind.name} needs a causal trunk; {family} here is bidirectional")
 
 
-def open_trunk(
-    location: str, base: Path, *, name: str | None = None, preparation: tuple[str, ...] = ()
-) -> Trunk:
+def open_trunk(location: str, base: Path, *, name: str | None = None, preparation: tuple[str, ...] = ()) -> Trunk:
     """Load a trunk from a folder (relative to `base`, else to the working directory) or the hub.
 
     Raises ResolveError, or CheckpointError for weights or a tokenizer that cannot be used.

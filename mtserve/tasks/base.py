@@ -8,7 +8,7 @@ the manifest), all that a request may change is in its `Parameters`. Kinds know 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator,
 from mtserve.errors import CheckpointError, InputError
 from mtserve.preparation import expand
 from mtserve.rows import Floats, Row
-from mtserve.tasks.measures import LabelScores, Weighted, once
+from mtserve.tasks.measures import Evaluation
 from mtserve.tasks.validation import json_type, validate
 from mtserve.text import Limits, OnLong, Text
 
@@ -30,7 +30,6 @@ Reads = Literal["first", "last", "pooled", "all"]
 Architecture = Literal[
     "sequence_classification", "token_classification", "multiple_choice", "causal_lm", "masked_lm", "pooling"
 ]
-Metrics = dict[str, float]
 Item = Any
 """One element of a request's `inputs`, as parsed from JSON."""
 
@@ -156,7 +155,7 @@ class Work:
         return sum(row.cut for row in self.prompt)
 
 
-class Kind(ABC, Generic[O_, P_, E_, L_]):
+class Kind(Evaluation[O_, L_], Generic[O_, P_, E_, L_]):
     """One sort of task. A subclass and a line in `KINDS` add one.
 
     name         as in manifests and run files
@@ -246,39 +245,6 @@ class Kind(ABC, Generic[O_, P_, E_, L_]):
 
     def check(self, example: E_, options: O_, parameters: P_) -> None:
         """Raise InputError for what the schemas cannot say of an example or its parameters."""
-
-    # evaluation
-
-    def metrics(self, predictions: Sequence[Any], examples: Sequence[L_], options: O_) -> Metrics:
-        """Metrics of predictions against labelled examples, in [-1, 1]. A kind defines this or `weighted_metrics`."""
-        weighted = self.weighted_metrics(predictions, examples, options)
-        if weighted is None:
-            raise NotImplementedError(f"{self.name} defines neither metrics nor weighted_metrics")
-        return once(weighted, len(examples))
-
-    def weighted_metrics(self, predictions: Sequence[Any], examples: Sequence[L_], options: O_) -> Weighted | None:
-        """The metrics as a function of how often each example counts, by which a bootstrap is quick; else None."""
-        return None
-
-    def report(self, predictions: Sequence[Any], examples: Sequence[L_], options: O_) -> dict[str, LabelScores]:
-        """Precision, recall, F1 and support of each label; empty for kinds without labels."""
-        return {}
-
-    def confusion(self, predictions: Sequence[Any], examples: Sequence[L_], options: O_) -> list[list[int]] | None:
-        """Counts [true label][given label] in the order of the labels, where an example has and gets just one."""
-        return None
-
-    @abstractmethod
-    def baseline(self, examples: Sequence[L_], options: O_) -> Any:
-        """The constant prediction that training labels alone suggest (majority, mean, nothing)."""
-
-    def copied(self, example: L_, options: O_) -> Any:
-        """The prediction that gives the input back, where that can be an answer; else None."""
-        return None
-
-    def truths(self, example: L_, options: O_) -> Sequence[str]:
-        """What an audit counts of an example's truth: its labels, a band of its score; empty for free text."""
-        return ()
 
     # the edges
 

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Row
 from mtserve.tasks.base import PLAIN, Example, HeadSpec, Kind, LossTerms, Options, Parameters, Work
-from mtserve.tasks.measures import LabelScores, Weighted, f_scores, label_report, macro_f1, mcc, mean, total
+from mtserve.tasks.measures import LabelScores, Metrics, Outcomes, label_report
 from mtserve.tasks.scores import sigmoid, softmax
 from mtserve.tasks.windows import merge, merge_tensor
 from mtserve.text import Text
@@ -141,65 +141,50 @@ class Classification(
         ranked = [LabelScore(label=options.labels[i], score=float(scores[i])) for i in order]
         return [r for r in ranked if parameters.threshold is None or r["score"] >= parameters.threshold]
 
-    def weighted_metrics(
+    def outcomes(
         self,
         predictions: Sequence[list[LabelScore]],
         examples: Sequence[LabelledClassification],
         options: ClassificationOptions,
-    ) -> Weighted:
+    ) -> Outcomes:
+        """True and given: (examples,) numbers of labels, or in the multi-label case sparse (examples, labels + 1) of 0
+        and 1, whose last column is empty, since scikit-learn takes a single column for one of two labels."""
+        true = [self.truths(example, options) for example in examples]
+        if not options.multi_label:
+            index, best = options.labels.index, [max(p, key=lambda one: one["score"])["label"] for p in predictions]
+            return np.array([index(name) for (name,) in true]), np.array([index(name) for name in best])
+        from sklearn.preprocessing import MultiLabelBinarizer
+
+        hot = MultiLabelBinarizer(classes=[*options.labels, None], sparse_output=True)
+        likely = [[p["label"] for p in prediction if p["score"] >= 0.5] for prediction in predictions]
+        return hot.fit_transform(true), hot.fit_transform(likely)
+
+    def score(self, outcomes: Outcomes, options: ClassificationOptions) -> Metrics:
         """Accuracy (of whole label sets in the multi-label case), F1 as the mean over the labels that are true or given
         at all, and Matthews' coefficient, or for a multi-label task F1 over all decisions together."""
-        counts = self._counts(predictions, examples, options)
-        accuracy = mean("accuracy", (counts[..., 1] == counts[..., 2]).all(1))
+        from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-        def of(weights: Any) -> dict[str, Any]:
-            summed = total(weights, counts)
-            last = {"micro_f1": f_scores(summed.sum(1))["f1"]} if options.multi_label else {"mcc": mcc(summed)}
-            return {**accuracy(weights), "macro_f1": macro_f1(summed), **last}
+        found = {"accuracy": accuracy_score(*outcomes)}
+        found["macro_f1"] = np.nan_to_num(f1_score(*outcomes, average="macro", zero_division=np.nan))
+        if options.multi_label:
+            found["micro_f1"] = f1_score(*outcomes, average="micro", zero_division=0)
+        else:
+            found["mcc"] = matthews_corrcoef(*outcomes) if len(np.unique(outcomes)) > 1 else 0
+        return {name: float(value) for name, value in found.items()}
 
-        return of
+    def report(self, outcomes: Outcomes, options: ClassificationOptions) -> dict[str, LabelScores]:
+        from sklearn.metrics import precision_recall_fscore_support
 
-    def report(
-        self,
-        predictions: Sequence[list[LabelScore]],
-        examples: Sequence[LabelledClassification],
-        options: ClassificationOptions,
-    ) -> dict[str, LabelScores]:
-        return label_report(options.labels, self._counts(predictions, examples, options).sum(0))
+        labels = np.arange(len(options.labels))
+        return label_report(options.labels, precision_recall_fscore_support(*outcomes, labels=labels, zero_division=0))
 
-    def confusion(
-        self,
-        predictions: Sequence[list[LabelScore]],
-        examples: Sequence[LabelledClassification],
-        options: ClassificationOptions,
-    ) -> list[list[int]] | None:
+    def confusion(self, outcomes: Outcomes, options: ClassificationOptions) -> list[list[int]] | None:
+        from sklearn.metrics import confusion_matrix
+
         if options.multi_label:
             return None
-        counts = self._counts(predictions, examples, options)
-        matrix: list[list[int]] = (counts[..., 2].T @ counts[..., 1]).tolist()
+        matrix: list[list[int]] = confusion_matrix(*outcomes, labels=np.arange(len(options.labels))).tolist()
         return matrix
-
-    def _counts(
-        self,
-        predictions: Sequence[list[LabelScore]],
-        examples: Sequence[LabelledClassification],
-        options: ClassificationOptions,
-    ) -> Any:
-        """(examples, labels, 3): given rightly, given, true."""
-        true = np.stack([self._hot(e.label, options) for e in examples])
-        guess = np.stack([self._hot(self._chosen(p, options), options) for p in predictions])
-        return np.stack([true * guess, guess, true], axis=-1)
-
-    @staticmethod
-    def _chosen(prediction: list[LabelScore], options: ClassificationOptions) -> tuple[str, ...]:
-        if options.multi_label:
-            return tuple(p["label"] for p in prediction if p["score"] >= 0.5)
-        return (max(prediction, key=lambda p: p["score"])["label"],)
-
-    @staticmethod
-    def _hot(label: str | tuple[str, ...], options: ClassificationOptions) -> Any:
-        """(n_out,) of 0 and 1."""
-        return np.isin(options.labels, [label] if isinstance(label, str) else list(label)).astype(int)
 
     def baseline(self, examples: Sequence[LabelledClassification], options: ClassificationOptions) -> list[LabelScore]:
         counts = Counter(name for e in examples for name in ([e.label] if isinstance(e.label, str) else e.label))

@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Row
 from mtserve.tasks.base import IGNORED, PLAIN, Example, HeadSpec, Kind, LossTerms, Options, Parameters, Work
-from mtserve.tasks.measures import Weighted, mean
+from mtserve.tasks.measures import Metrics, Outcomes
 from mtserve.tasks.token_loss import token_loss
 from mtserve.text import Text
 
@@ -78,7 +78,8 @@ class Generation(Kind[GenerationOptions, GenerationParameters, GenerationExample
     def _prompt(source: str, options: GenerationOptions, text: Text, *, answer: int) -> Row:
         """The prompt with room for `answer` tokens after it."""
         before, after = options.template.split(PLACE)
-        row = text.prompt(before, source, after, max_length=options.max_length - answer)
+        limit = options.max_length - answer
+        row = text.prompt(before, source, after, max_length=limit, preparation=options.preparation)
         if row.cut and options.on_long == "error":
             raise InputError(f"the text is {row.cut} tokens too long (max_length {options.max_length})")
         return row
@@ -137,14 +138,18 @@ class Generation(Kind[GenerationOptions, GenerationParameters, GenerationExample
             found = f"{asked} is over this task's limit of {options.max_new_tokens}"
             raise InputError(Problem(found, field="parameters.max_new_tokens"))
 
-    def weighted_metrics(
+    def outcomes(
         self,
         predictions: Sequence[list[GeneratedText]],
         examples: Sequence[LabelledGeneration],
         options: GenerationOptions,
-    ) -> Weighted:
+    ) -> Outcomes:
+        """(examples,) whether the text is the wanted one, but for spaces around it."""
         pairs = zip(predictions, examples, strict=True)
-        return mean("exact_match", [p[0]["generated_text"].strip() == e.target.strip() for p, e in pairs])
+        return (np.array([p[0]["generated_text"].strip() == e.target.strip() for p, e in pairs]),)
+
+    def score(self, outcomes: Outcomes, options: GenerationOptions) -> Metrics:
+        return {"exact_match": float(outcomes[0].mean())}
 
     def baseline(self, examples: Sequence[LabelledGeneration], options: GenerationOptions) -> list[GeneratedText]:
         return [GeneratedText(generated_text="", translation_text="")]

@@ -1,20 +1,25 @@
-"""Metrics as functions of how often each example counts, so that a bootstrap scores all its resamples at once.
+"""Evaluation, a part of the contract of a kind: from predictions and truths to outcomes, and from those to metrics.
 
-Knows no kind. A label's counts are three numbers: how often it was given rightly, was given, and is true.
+Knows no kind. Kinds import scikit-learn and scipy where they score, since serving needs neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import TypedDict
 
 Array = npt.NDArray[Any]
-Weighted = Callable[[Array], dict[str, Array]]
-"""From (resamples, examples) weights, each a count from 0, to one (resamples,) array a metric."""
+Metrics = dict[str, float]
+Outcomes = tuple[Any, ...]
+"""Arrays or sparse matrices with one entry an example: true and given values, or counts."""
+
+O_ = TypeVar("O_")
+L_ = TypeVar("L_")
 
 
 class LabelScores(TypedDict):
@@ -26,83 +31,55 @@ class LabelScores(TypedDict):
     support: int
 
 
-def once(weighted: Weighted, examples: int) -> dict[str, float]:
-    """The metrics with each example counted once."""
-    return {name: float(values[0]) for name, values in weighted(np.ones((1, examples), np.float32)).items()}
+class Evaluation(ABC, Generic[O_, L_]):
+    """How predictions are measured against labelled examples."""
+
+    @abstractmethod
+    def outcomes(self, predictions: Sequence[Any], examples: Sequence[L_], options: O_) -> Outcomes:
+        """All that scoring needs; entries may be left out or repeated, as a bootstrap does."""
+
+    @abstractmethod
+    def score(self, outcomes: Outcomes, options: O_) -> Metrics:
+        """Metrics, in [-1, 1] but for losses; 0 where there is nothing to divide by or to correlate."""
+
+    def metrics(self, predictions: Sequence[Any], examples: Sequence[L_], options: O_) -> Metrics:
+        """Metrics of predictions against labelled examples."""
+        return self.score(self.outcomes(predictions, examples, options), options)
+
+    def report(self, outcomes: Outcomes, options: O_) -> dict[str, LabelScores]:
+        """Scores of each label; empty for kinds without labels."""
+        return {}
+
+    def confusion(self, outcomes: Outcomes, options: O_) -> list[list[int]] | None:
+        """Counts [true label][given label] in the order of the labels, where an example has and gets just one."""
+        return None
+
+    @abstractmethod
+    def baseline(self, examples: Sequence[L_], options: O_) -> Any:
+        """The constant prediction that training labels alone suggest (majority, mean, nothing)."""
+
+    def constants(
+        self, predictions: Sequence[Any], examples: Sequence[L_], features: Sequence[Any], options: O_
+    ) -> list[Any]:
+        """The baseline in the place of each prediction, from training examples and their features (rows, target)."""
+        return [self.baseline(examples, options)] * len(predictions)
+
+    def copied(self, example: L_, options: O_) -> Any:
+        """The prediction that gives the input back, where that can be an answer; else None."""
+        return None
+
+    def truths(self, example: L_, options: O_) -> Sequence[str]:
+        """What an audit counts of an example's truth: its labels, a band of its score; empty for free text."""
+        return ()
 
 
-def total(weights: Array, values: Array) -> Array:
-    """(resamples, …) weighted sums of (examples, …) numbers."""
-    return np.asarray(np.tensordot(weights, values.astype(np.float32), 1), np.float64)
+def label_report(labels: Sequence[str], columns: Iterable[Array]) -> dict[str, LabelScores]:
+    """Scores of each label from (labels,) precision, recall, F1 and support."""
+    rows = zip(labels, *(column.tolist() for column in columns), strict=True)
+    return {name: LabelScores(precision=p, recall=r, f1=f, support=n) for name, p, r, f, n in rows}
 
 
-def mean(name: str, values: Sequence[float]) -> Weighted:
-    """The mean of one number an example."""
-    return lambda weights: {name: total(weights, np.asarray(values)) / weights.sum(1)}
-
-
-def f_scores(counts: Array) -> dict[str, Array]:
-    """Precision, recall and F1, (…) each, from (…, 3) counts; 0 where there is nothing to divide by."""
-    right, guessed, true = np.moveaxis(counts, -1, 0)
-    return {"precision": _ratio(right, guessed), "recall": _ratio(right, true), "f1": _ratio(2 * right, guessed + true)}
-
-
-def macro_f1(counts: Array) -> Array:
-    """(…) mean F1 of the labels that are true or given at all, from (…, labels, 3) counts."""
-    present = counts[..., 1:].sum(-1) > 0
-    return _ratio((f_scores(counts)["f1"] * present).sum(-1), present.sum(-1))
-
-
-def mcc(counts: Array) -> Array:
-    """(…) Matthews correlation coefficient for any number of labels (Gorodkin, 2004), from (…, labels, 3) counts of
-    one label an example; 0 where only one label is true or only one is given."""
-    right, guessed, true = np.moveaxis(counts, -1, 0)
-    size = true.sum(-1)
-    spread = (size**2 - (guessed**2).sum(-1)) * (size**2 - (true**2).sum(-1))
-    return _ratio(right.sum(-1) * size - (guessed * true).sum(-1), np.sqrt(spread))
-
-
-def label_report(labels: Sequence[str], counts: Array) -> dict[str, LabelScores]:
-    """Scores of each label from (labels, 3) counts."""
-    found = {name: values.tolist() for name, values in f_scores(counts).items()}
-    rows = zip(labels, found["precision"], found["recall"], found["f1"], counts[:, 2].tolist(), strict=True)
-    return {name: LabelScores(precision=p, recall=r, f1=f, support=int(n)) for name, p, r, f, n in rows}
-
-
-def correlations(guess: npt.ArrayLike, true: npt.ArrayLike) -> Weighted:
-    """Pearson's and Spearman's correlation of (examples,) numbers; 0 where one side is constant, since there is nothing
-    to correlate."""
-
-    x, y = np.asarray(guess, np.float64), np.asarray(true, np.float64)
-
-    def found(weights: Array) -> dict[str, Array]:
-        ranked = _ranks(x, weights), _ranks(y, weights)
-        return {"pearson": _correlation(x, y, weights), "spearman": _correlation(*ranked, weights)}
-
-    return found
-
-
-def _ranks(values: Array, weights: Array) -> Array:
-    """(resamples, examples) ranks from 1 within each resample; equal values share the mean of theirs."""
-    _, starts, level = np.unique(np.sort(values), return_index=True, return_inverse=True)
-    order = np.argsort(values, kind="stable")
-    held = np.add.reduceat(weights[:, order], starts, axis=1, dtype=np.float64)  # (resamples, levels)
-    ranks = np.empty(weights.shape)
-    ranks[:, order] = (held.cumsum(1) - (held - 1) / 2)[:, level]
-    return ranks
-
-
-def _correlation(a: Array, b: Array, weights: Array) -> Array:
-    """(resamples,) from two sides of (examples,) or (resamples, examples) numbers."""
-    held = weights > 0
-    sides, moving = [], np.ones(len(weights), np.bool_)
-    for side in (np.broadcast_to(a, weights.shape), np.broadcast_to(b, weights.shape)):
-        moving &= side.max(1, where=held, initial=-np.inf) > side.min(1, where=held, initial=np.inf)
-        sides.append(side - np.average(side, axis=1, weights=weights)[:, None])
-    common, first, second = ((weights * x * y).sum(1) for x, y in (sides, [sides[0]] * 2, [sides[1]] * 2))
-    return np.clip(_ratio(common, np.where(moving, np.sqrt(first * second), 0)), -1, 1)
-
-
-def _ratio(part: Array, whole: Array) -> Array:
-    """part / whole, 0 where whole is not positive."""
-    return np.asarray(np.divide(part, whole, out=np.zeros(np.shape(part)), where=whole > 0))
+def f_scores(counts: Array) -> tuple[Array, Array, Array, Array]:
+    """(…) precision, recall, F1 and support from (…, 3) whole counts of what is found rightly, found, and true."""
+    right, found, true = np.moveaxis(counts, -1, 0)
+    return right / np.maximum(found, 1), right / np.maximum(true, 1), 2 * right / np.maximum(found + true, 1), true

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Row
 from mtserve.tasks.base import PLAIN, Example, HeadSpec, Kind, LossTerms, Options, Parameters, Work
-from mtserve.tasks.measures import Weighted, mean
+from mtserve.tasks.measures import Metrics, Outcomes
 from mtserve.tasks.scores import softmax
 from mtserve.tasks.windows import merge, merge_tensor
 from mtserve.text import Text
@@ -110,13 +110,19 @@ class MultipleChoice(
         order = np.argsort(-scores, kind="stable")[: parameters.top_k]
         return [ChoiceScore(index=int(i), choice=example.choices[i], score=float(scores[i])) for i in order]
 
-    def weighted_metrics(
+    def outcomes(
         self,
         predictions: Sequence[list[ChoiceScore]],
         examples: Sequence[LabelledMultipleChoice],
         options: MultipleChoiceOptions,
-    ) -> Weighted:
-        return mean("accuracy", [p[0]["index"] == e.answer for p, e in zip(predictions, examples, strict=True)])
+    ) -> Outcomes:
+        """(examples,) true and given choices."""
+        return np.array([e.answer for e in examples]), np.array([p[0]["index"] for p in predictions])
+
+    def score(self, outcomes: Outcomes, options: MultipleChoiceOptions) -> Metrics:
+        from sklearn.metrics import accuracy_score
+
+        return {"accuracy": float(accuracy_score(*outcomes))}
 
     def baseline(self, examples: Sequence[LabelledMultipleChoice], options: MultipleChoiceOptions) -> list[ChoiceScore]:
         index, count = Counter(e.answer for e in examples).most_common(1)[0]

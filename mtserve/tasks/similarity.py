@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +13,7 @@ from typing_extensions import TypedDict
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Floats, Row
 from mtserve.tasks.base import PLAIN, Example, HeadSpec, Item, Kind, LossTerms, Options, Parameters, Work
-from mtserve.tasks.measures import Weighted, correlations
+from mtserve.tasks.measures import Metrics, Outcomes
 from mtserve.tasks.validation import validate
 from mtserve.tasks.windows import merge, merge_tensor
 from mtserve.text import Text
@@ -110,10 +111,21 @@ class Similarity(Kind[SimilarityOptions, SimilarityParameters, SimilarityExample
         share = _cosine(parts[0], parts[1]) if options.method == "cosine" else float(parts[0, 0])
         return Score(score=options.low + (options.high - options.low) * min(max(share, 0.0), 1.0))
 
-    def weighted_metrics(
+    def outcomes(
         self, predictions: Sequence[Score], examples: Sequence[LabelledSimilarity], options: SimilarityOptions
-    ) -> Weighted:
-        return correlations([p["score"] for p in predictions], [e.score for e in examples])
+    ) -> Outcomes:
+        """(examples,) true and given scores."""
+        return np.array([e.score for e in examples]), np.array([p["score"] for p in predictions])
+
+    def score(self, outcomes: Outcomes, options: SimilarityOptions) -> Metrics:
+        """Pearson's and Spearman's correlation."""
+        from scipy.stats import DegenerateDataWarning, pearsonr, spearmanr
+
+        if not np.ptp(outcomes, axis=1).all():
+            return {"pearson": 0.0, "spearman": 0.0}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DegenerateDataWarning)  # scores that are nearly equal
+            return {"pearson": float(pearsonr(*outcomes)[0]), "spearman": float(spearmanr(*outcomes)[0])}
 
     def baseline(self, examples: Sequence[LabelledSimilarity], options: SimilarityOptions) -> Score:
         return Score(score=float(np.mean([e.score for e in examples])))

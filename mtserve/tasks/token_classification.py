@@ -12,7 +12,7 @@ from mtserve.errors import InputError, Problem
 from mtserve.rows import Row
 from mtserve.tasks.aggregation import SpanScore, by_word, in_words, span_scores, token_scores, trimmed
 from mtserve.tasks.base import IGNORED, PLAIN, Example, HeadSpec, Kind, LossTerms, Options, Parameters, Work
-from mtserve.tasks.measures import LabelScores, Weighted, f_scores, label_report, total
+from mtserve.tasks.measures import LabelScores, Metrics, Outcomes, f_scores, label_report
 from mtserve.tasks.scores import softmax
 from mtserve.tasks.spans import (
     Span,
@@ -182,40 +182,30 @@ class TokenClassification(
         kept = [f for f in found if (f.get("entity_group") or f["entity"][2:]) not in parameters.ignore_labels]
         return kept if example.words is None else [in_words(f, words) for f in kept]
 
-    def weighted_metrics(
+    def outcomes(
         self,
         predictions: Sequence[list[SpanScore]],
         examples: Sequence[LabelledTokenClassification],
         options: TokenClassificationOptions,
-    ) -> Weighted:
-        """Precision, recall and F1 over the spans of all labels together: both limits and the label must be right, and
-        an I- that continues nothing is no span (CoNLL-2003; seqeval's strict IOB2)."""
-        summed = self._counts(predictions, examples, options).sum(1)  # (examples, 3)
-        return lambda weights: f_scores(total(weights, summed))
-
-    def report(
-        self,
-        predictions: Sequence[list[SpanScore]],
-        examples: Sequence[LabelledTokenClassification],
-        options: TokenClassificationOptions,
-    ) -> dict[str, LabelScores]:
-        return label_report(options.labels, self._counts(predictions, examples, options).sum(0))
-
-    def _counts(
-        self,
-        predictions: Sequence[list[SpanScore]],
-        examples: Sequence[LabelledTokenClassification],
-        options: TokenClassificationOptions,
-    ) -> Any:
+    ) -> Outcomes:
         """(examples, labels, 3) spans: found rightly, found, true."""
-        counts = np.zeros((len(examples), len(options.labels), 3), np.int32)
+        counts = np.zeros((len(examples), len(options.labels), 3), np.int64)
         for at, (prediction, example) in enumerate(zip(predictions, examples, strict=True)):
             true = set(_gold(example))
             guess = {(p["start"], p["end"], p["entity_group"]) for p in prediction}
             for which, spans in enumerate((true & guess, guess, true)):
                 for _, _, label in spans:
                     counts[at, options.labels.index(label), which] += 1
-        return counts
+        return (counts,)
+
+    def score(self, outcomes: Outcomes, options: TokenClassificationOptions) -> Metrics:
+        """Precision, recall and F1 over the spans of all labels together: both limits and the label must be right, and
+        an I- that continues nothing is no span (CoNLL-2003; seqeval's strict IOB2)."""
+        precision, recall, f1, _ = f_scores(outcomes[0].sum((0, 1)))
+        return {"precision": float(precision), "recall": float(recall), "f1": float(f1)}
+
+    def report(self, outcomes: Outcomes, options: TokenClassificationOptions) -> dict[str, LabelScores]:
+        return label_report(options.labels, f_scores(outcomes[0].sum(0)))
 
     def baseline(
         self, examples: Sequence[LabelledTokenClassification], options: TokenClassificationOptions

@@ -1,4 +1,4 @@
-"""Metrics and reports of each kind against scikit-learn, scipy and seqeval, once and under many weightings."""
+"""Metrics and reports of each kind against scikit-learn, scipy and seqeval on raw labels and tags."""
 
 from __future__ import annotations
 
@@ -41,31 +41,57 @@ def test_single_label_metrics_are_those_of_scikit_learn(seed: int) -> None:
         "mcc": pytest.approx(matthews_corrcoef(true, guess)),
     }
     theirs = classification_report(true, guess, labels=LABELS, output_dict=True, zero_division=0)
-    report = handler.report(predictions, examples, options)
+    outcomes = handler.outcomes(predictions, examples, options)
+    report = handler.report(outcomes, options)
     assert list(report) == LABELS
     for label, ours in report.items():
         assert list(ours.values()) == pytest.approx(list(theirs[label].values()))
-    assert handler.confusion(predictions, examples, options) == confusion_matrix(true, guess, labels=LABELS).tolist()
+    assert handler.confusion(outcomes, options) == confusion_matrix(true, guess, labels=LABELS).tolist()
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_multi_label_metrics_are_those_of_scikit_learn(seed: int) -> None:
+def multiple(seed: int, size: int = 40, share: float = 0.5) -> tuple[Any, Any, list[Any], list[Any], Any, Any]:
+    """A random multi-label task, with (size, labels) of 0 and 1 that are true and given."""
     rng = np.random.default_rng(seed)
-    true, scores = rng.integers(2, size=(40, 4)), rng.random((40, 4))
+    true, scores = (rng.random((size, 4)) < share).astype(int), rng.random((size, 4))
     sets = [[LABELS[i] for i in np.flatnonzero(row)] for row in true]
     raw = {"labels": LABELS[:4], "multi_label": True}
     handler, options, examples = made("classification", raw, [{"text": "", "label": one} for one in sets])
     predictions = [[{"label": name, "score": s} for name, s in zip(LABELS, row, strict=False)] for row in scores]
-    guess = (scores >= 0.5).astype(int)
+    return handler, options, examples, predictions, true, (scores >= 0.5).astype(int)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_multi_label_metrics_are_those_of_scikit_learn(seed: int) -> None:
+    handler, options, examples, predictions, true, guess = multiple(seed)
     assert handler.metrics(predictions, examples, options) == {
         "accuracy": pytest.approx(accuracy_score(true, guess)),
         "macro_f1": pytest.approx(f1_score(true, guess, average="macro")),
         "micro_f1": pytest.approx(f1_score(true, guess, average="micro")),
     }
-    assert handler.confusion(predictions, examples, options) is None
+    outcomes = handler.outcomes(predictions, examples, options)
+    assert handler.confusion(outcomes, options) is None
     theirs = classification_report(true, guess, output_dict=True, zero_division=0)
-    report = handler.report(predictions, examples, options)
-    assert [r["f1"] for r in report.values()] == pytest.approx([theirs[str(i)]["f1-score"] for i in range(4)])
+    report = handler.report(outcomes, options)
+    assert list(report) == LABELS[:4]
+    for at, ours in enumerate(report.values()):
+        assert list(ours.values()) == pytest.approx(list(theirs[str(at)].values()))
+
+
+def test_a_multi_label_task_of_one_label_is_no_task_of_two() -> None:
+    """Right are the second and the third; of the label alone one of two is found, and one of two is right."""
+    records = [{"text": "", "label": ["a"] if true else []} for true in (1, 1, 0, 0)]
+    handler, options, examples = made("classification", {"labels": ["a"], "multi_label": True}, records)
+    predictions = [[{"label": "a", "score": score}] for score in (0.1, 0.9, 0.2, 0.8)]
+    found = handler.metrics(predictions, examples, options)
+    assert found == {"accuracy": 0.5, "macro_f1": 0.5, "micro_f1": 0.5}
+    report = handler.report(handler.outcomes(predictions, examples, options), options)
+    assert report == {"a": {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}}
+
+
+def test_no_label_at_all_is_rightly_given_and_nothing_to_divide_by() -> None:
+    raw = {"labels": LABELS, "multi_label": True}
+    handler, options, examples = made("classification", raw, [{"text": "", "label": []}] * 3)
+    assert handler.metrics([[]] * 3, examples, options) == {"accuracy": 1.0, "macro_f1": 0.0, "micro_f1": 0.0}
 
 
 def test_one_label_alone_correlates_with_nothing() -> None:
@@ -119,7 +145,9 @@ def test_span_metrics_are_those_of_seqeval(seed: int) -> None:
     found = handler.metrics(predictions, examples, options)
     assert list(found.values()) == pytest.approx(list(theirs["micro avg"].values())[:3])
     assert 0.1 < found["f1"] < 0.9
-    for label, ours in handler.report(predictions, examples, options).items():
+    report = handler.report(handler.outcomes(predictions, examples, options), options)
+    assert list(report) == SPANS
+    for label, ours in report.items():
         assert list(ours.values()) == pytest.approx(list(theirs[label].values()))
 
 
@@ -130,6 +158,7 @@ def cases() -> dict[str, tuple[Any, Any, list[Any], list[Any]]]:
     pairs = [{"text": "", "text_pair": "", "score": float(s)} for s in rng.integers(3, size=30) / 2]
     return {
         "single": single(1),
+        "multiple": multiple(1, share=0.2)[:4],
         "spans": spans(1)[:4],
         "multiple_choice": (
             *choice,
@@ -140,18 +169,24 @@ def cases() -> dict[str, tuple[Any, Any, list[Any], list[Any]]]:
     }
 
 
-@pytest.mark.parametrize("name", ["single", "spans", "multiple_choice", "generation", "similarity"])
-def test_a_weighting_is_the_resample_that_it_stands_for(name: str) -> None:
+@pytest.mark.parametrize("name", ["single", "multiple", "spans", "multiple_choice", "generation", "similarity"])
+def test_selected_outcomes_score_as_the_examples_that_they_stand_for(name: str) -> None:
     handler, options, examples, predictions = cases()[name]
-    rng = np.random.default_rng(2)
-    weights = rng.multinomial(len(examples), [1 / len(examples)] * len(examples), size=7)
-    weights[6] = np.eye(len(examples), dtype=int)[0] * 5  # one example alone: all is constant
-    found = handler.weighted_metrics(predictions, examples, options)(weights.astype(np.float32))
-    for at, row in enumerate(weights):
-        chosen = np.repeat(np.arange(len(examples)), row)
-        made_so = handler.metrics([predictions[i] for i in chosen], [examples[i] for i in chosen], options)
-        assert {metric: values[at] for metric, values in found.items()} == pytest.approx(made_so, abs=1e-6)
-    assert len(set(found[handler.metric].round(6))) > 3
+    outcomes = handler.outcomes(predictions, examples, options)
+    rng, size = np.random.default_rng(2), len(examples)
+    found = []
+    for drawn in [*rng.integers(size, size=(6, size)), np.zeros(5, int), np.array([3])]:  # all constant, one alone
+        found.append(handler.score(tuple(one[drawn] for one in outcomes), options))
+        made_so = handler.metrics([predictions[i] for i in drawn], [examples[i] for i in drawn], options)
+        assert found[-1] == made_so
+        assert all(type(value) is float and -1 <= value <= 1 for value in made_so.values())
+    assert len({one[handler.metric] for one in found}) > 3
+
+
+def test_the_constant_stands_beside_each_prediction() -> None:
+    handler, options, examples, predictions = cases()["single"]
+    constants = handler.constants(predictions[:3], examples, [], options)
+    assert constants == [handler.baseline(examples, options)] * 3
 
 
 def test_only_a_generation_can_be_a_copy() -> None:

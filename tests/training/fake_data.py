@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from mtserve.tasks import KINDS
+from training.pretraining import TRAINING_KINDS
 
 
 @dataclass
@@ -14,6 +14,7 @@ class FakeSplit:
     examples: list[Any]
     lengths: list[int]
     cut: list[int]
+    features: list[Any] = field(default_factory=list)
     bad: Any = field(default_factory=lambda: SimpleNamespace(messages=[]))
     sha256: str = "0" * 64
 
@@ -34,7 +35,7 @@ class FakeTask:
 
 def task(kind: str, raw: dict[str, Any], **splits: list[dict[str, Any]]) -> Any:
     """A task of these records; an example has as many tokens as its longest text has words."""
-    handler = KINDS[kind]
+    handler = TRAINING_KINDS[kind]
     made = {}
     for which, records in splits.items():
         texts = [[value for value in record.values() if isinstance(value, str)] for record in records]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import bootstrap
 
+from mtserve.backends.eager import EagerBackend
+from mtserve.engine import Engine, Task
 from mtserve.errors import ConfigError
 from mtserve.tasks import KINDS
-from mtserve.tasks.measures import once
-from tests.tiny import tiny
+from tests.tiny import PAD, tiny
 from tests.training.conftest import rows
 from tests.training.fake_data import task
 from training.evaluate import Scores, evaluate, intervals, measure, table
@@ -24,7 +27,8 @@ def scored(name: str, data: Any, family: str = "bert", **given: Any) -> Scores:
 
 
 def test_a_task_is_scored_as_a_caller_would_see_it() -> None:
-    data = task("classification", LABELS, train=rows("classification", 12), eval=rows("classification", 20, start=30))
+    fine = [row for row in rows("classification", 12) if row["label"] == "fine"]  # the rarest label of evaluation
+    data = task("classification", LABELS, train=fine, eval=rows("classification", 20, start=30))
     engine = tiny("bert", only=("topic",)).engine
     found = evaluate(engine, "topic", data, resamples=50)
     examples = data.splits["eval"].examples
@@ -33,7 +37,7 @@ def test_a_task_is_scored_as_a_caller_would_see_it() -> None:
     assert measure(engine, "topic", data) == found.metrics
     assert (found.metric, found.split, found.examples, found.resamples) == ("macro_f1", "eval", 20, 50)
     assert found.baseline == found.baselines["majority"]
-    assert found.baseline["accuracy"] == sum(e.label == "good" for e in examples) / 20
+    assert found.baseline["accuracy"] == sum(e.label == "fine" for e in examples) / 20 == 0.3
     assert sum(map(sum, found.confusion or [])) == 20
     assert [scores["support"] for scores in found.report.values()] == [sum(row) for row in found.confusion or []]
     assert found.intervals.keys() == found.metrics.keys()
@@ -71,54 +75,60 @@ def test_the_copy_baseline_stands_beside_generations() -> None:
     ]
 
 
+def test_masked_tokens_are_predicted_in_small_parts_beside_the_most_frequent_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Logits as wide as the vocabulary at each position: at most so many tokens' are in memory."""
+    small, options = tiny("bert", only=("topic",)), {"max_length": 16, "mask_token": "[SEP]"}
+    data = task("masked_lm", options, train=[{"text": "rain rain good"}], eval=[{"text": "the rain"}] * 7)
+    small.model.add("mlm", data.kind.head(data.options))
+    engine = Engine([Task("mlm", data.kind, data.options)], EagerBackend(small.model, pad_id=PAD), small.text)
+    data.train.features = [data.kind.features(one, data.options, small.text) for one in data.train.examples]
+    whole, predict, parts = evaluate(engine, "mlm", data), engine.predict, []
+    monkeypatch.setattr("training.evaluate._MASKED_TOKENS_AT_ONCE", 3 * 16 + 1)
+    monkeypatch.setattr(engine, "predict", lambda name, part: parts.append(len(part)) or predict(name, part))
+    assert evaluate(engine, "mlm", data) == whole
+    assert parts == [3, 3, 1]
+    (token,) = {one["token"] for one in predict("mlm", data.splits["eval"].examples[:1])[0]}
+    count, vocabulary = {"the": 0, "rain": 2}[small.text.decode([token])], small.text.vocab_size
+    assert whole.baseline["loss"] == pytest.approx(np.log((3 + vocabulary) / (count + 1)))
+
+
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     rng = np.random.default_rng(0)
-    kind = KINDS["multiple_choice"]
-    example = kind.labelled.model_validate({"question": "", "choices": ["x", "y"], "answer": 0})
     covered, widths = 0, []
     for _ in range(200):
         right = rng.random(150) < 0.7
-        predictions = [[{"index": int(not one), "choice": "", "score": 1.0}] for one in right]
-        weighted = kind.weighted_metrics(predictions, [example] * 150, kind.options())
-        assert weighted is not None
-        low, high = intervals(weighted, 150, 400)["accuracy"]
+        low, high = intervals(lambda outcomes: {"share": outcomes[0].mean()}, (right,), resamples=400)["share"]
         covered += low <= 0.7 <= high
         widths.append(high - low)
     assert 0.89 <= covered / 200 <= 0.99
     assert np.mean(widths) == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 150), rel=0.1)
 
 
-def test_intervals_do_not_depend_on_how_many_resamples_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    kind, examples = KINDS["similarity"], rows("similarity", 30)
-    labelled = [kind.labelled.model_validate(e) for e in examples]
-    weighted = kind.weighted_metrics([{"score": i % 7} for i in range(30)], labelled, kind.options())
-    assert weighted is not None
-    whole = intervals(weighted, 30, 100)
-    monkeypatch.setattr("training.evaluate._WEIGHTS_AT_ONCE", 100)
-    assert intervals(weighted, 30, 100) == whole
+def test_intervals_are_those_of_scipy() -> None:
+    rng = np.random.default_rng(1)
+    sides = rng.random((2, 40))
+
+    def r(x: Any, y: Any) -> float:
+        return float(np.corrcoef(x, y)[0, 1])
+
+    theirs = bootstrap(
+        sides, r, paired=True, vectorized=False, n_resamples=100, method="percentile", rng=np.random.default_rng(0)
+    )
+    ours = intervals(lambda outcomes: {"r": r(*outcomes)}, tuple(sides), resamples=100)
+    assert ours == {"r": pytest.approx(tuple(theirs.confidence_interval))}
 
 
-def test_a_kind_without_weighted_metrics_is_resampled_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = task("classification", LABELS, train=rows("classification", 12), eval=rows("classification", 20))
-    quick = scored("topic", data, resamples=100)
-    kind = type(data.kind)
-    weighted = kind.weighted_metrics
-    monkeypatch.setattr(kind, "metrics", lambda self, *given: once(weighted(self, *given), len(given[1])))
-    monkeypatch.setattr(kind, "weighted_metrics", lambda *_: None)
-    slow = scored("topic", data, resamples=1000)
-    assert (slow.resamples, slow.metrics) == (100, quick.metrics)
-    assert {m: pytest.approx(limits, abs=1e-6) for m, limits in slow.intervals.items()} == quick.intervals
-
-
-def test_a_thousand_resamples_take_no_time_to_speak_of() -> None:
-    """1,500 examples of 8 labels: about 0.2 s here; the bound is what makes intervals usable at all."""
+def test_a_thousand_resamples_would_take_seconds() -> None:
+    """1,500 examples of 8 labels: a hundred take about 0.5 s here; the bound is what makes intervals usable at all."""
     labels = [f"l{i}" for i in range(8)]
     kind = KINDS["classification"]
     examples = [kind.labelled.model_validate({"text": "", "label": labels[i % 8]}) for i in range(1500)]
     predictions = [[{"label": labels[i * i % 8], "score": 1.0}] for i in range(1500)]
-    started = time.perf_counter()
-    weighted = kind.weighted_metrics(predictions, examples, kind.options.model_validate({"labels": labels}))
-    assert weighted is not None
-    found = intervals(weighted, 1500, 1000)
-    assert time.perf_counter() - started < 10
+    options = kind.options.model_validate({"labels": labels})
+    started = time.process_time()
+    outcomes = kind.outcomes(predictions, examples, options)
+    found = intervals(partial(kind.score, options=options), outcomes, resamples=100)
+    assert time.process_time() - started < 4
     assert all(low < high for low, high in found.values())

@@ -207,7 +207,7 @@ def test_train_and_eval_are_apart_and_batches_nest() -> None:
 
 def test_keys_of_an_evaluation() -> None:
     ledger = Ledger()
-    for prefix, keys in (("test", ["test_x", "test_a_x"]), ("eval_a", ["eval_a_x"])):
+    for prefix, keys in (("test", ["test_x", "test_a_x"]), ("eval_a", ["eval_a_x"]), ("a", ["a_x"])):
         for task in (None, "a") if prefix == "test" else ("a",):
             with ledger.batch("eval", task, 3.0):
                 ledger.report(x=1)

@@ -8,7 +8,6 @@ import inspect
 import json
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -142,11 +141,11 @@ def _two(output: Path, *more: str) -> list[Row]:
     command = ["--nproc_per_node", "2", "--master_port", port, s3_demo.__file__, "--output_dir", str(output), *QUIET]
     run = [sys.executable, "-m", "torch.distributed.run", *command, *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(run, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True) as started:
+    with subprocess.Popen(run, env=environment, stderr=subprocess.PIPE, text=True) as started:
         try:
             _, said = started.communicate(timeout=240)
         except subprocess.TimeoutExpired:
-            os.killpg(started.pid, signal.SIGKILL)
+            started.terminate()  # the launcher then ends the processes that it started
             raise
     assert started.returncode == 0, said
     return log_of(output)
@@ -300,7 +299,7 @@ def test_g_no_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     holds(trainer.evaluate(), "eval_")
 
 
-class Stop(Exception):  # noqa: N818
+class Stop(Exception):
     """A run that is broken off."""
 
 

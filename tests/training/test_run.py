@@ -19,8 +19,8 @@ from mtserve.golden import check_golden
 from tests.tiny import TOKENIZER_JSON
 from tests.training.conftest import Run
 from training.__main__ import main
-from training.runfile import read_config
 from training.run import Result, train
+from training.runfile import read_config
 from training.trunk import tokenizer_json
 
 FIVE = {

@@ -19,15 +19,18 @@ from defusedxml.sax import make_parser
 from typing_extensions import override
 
 from mtserve.errors import ConfigError
+from mtserve.tasks.spans import word_spans
 from training.readers.record import BadRecord, Files, Record, Records
 from training.section import Section
 
 
 class AbsaOptions(Section):
-    """One example an opinion, or the targets as spans; with `categories`, a span's label is its category's entity."""
+    """One example an opinion, or the targets as spans: with `categories`, a span's label is its category's entity, with
+    `whole_words` a span that begins or ends inside a word is widened to the word."""
 
     view: Literal["sentiment", "targets"] = "sentiment"
     categories: bool = False
+    whole_words: bool = False
 
 
 @dataclass
@@ -51,7 +54,7 @@ def read_absa(files: Files, options: AbsaOptions) -> Records:
     sentiment   text, text_pair, label (the polarity), target, category, from, to: one an opinion, repeated ones kept.
                 text_pair is the target's words, or the category in lower-case words where the target is `NULL`.
     targets     text, spans (distinct, by start, not overlapping: the longest is kept), repairs (`overlap` for each
-                span left out): one a sentence, those without opinions included.
+                span left out, `widened` for each widened one): one a sentence, those without opinions included.
 
     A target that is not what its text holds from `from` to `to` (in characters) is a bad record. Raises ConfigError for
     XML that is not well-formed, declares a document type or entities, or has another root.
@@ -92,13 +95,23 @@ def _targets(sentence: _Sentence, name: str, options: AbsaOptions) -> Records:
             return
         if target is not None:
             spans.setdefault((start, end), label)
+    found = set(spans)
+    if options.whole_words:
+        words = word_spans(sentence.text)
+        spans = {_covering(words, span): label for span, label in reversed(spans.items())}
     kept: list[tuple[int, int]] = []
     for start, end in sorted(spans, key=lambda span: (span[0] - span[1], span)):
         if all(end <= s or start >= e for s, e in kept):
             kept.append((start, end))
     made = [{"start": start, "end": end, "label": spans[start, end]} for start, end in sorted(kept)]
-    repairs = ["overlap"] * (len(spans) - len(kept))
+    repairs = ["overlap"] * (len(found) - len(kept)) + ["widened"] * len(set(kept) - found)
     yield Record(f"{name}:{sentence.line}", {**sentence.columns, "spans": made, "repairs": repairs})
+
+
+def _covering(words: list[tuple[int, int]], span: tuple[int, int]) -> tuple[int, int]:
+    """From the start of the first word that a span touches to the end of the last."""
+    inside = [word for word in words if word[0] < span[1] and word[1] > span[0]]
+    return (inside[0][0], inside[-1][1]) if inside else span
 
 
 def _target(sentence: _Sentence, attributes: Mapping[str, str]) -> tuple[str | None, int, int]:

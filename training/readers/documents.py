@@ -13,9 +13,11 @@ from training.section import Section
 
 
 class PairOptions(Section):
-    """`seed` decides which pairs are random ones, and with what."""
+    """`seed` decides which pairs are random ones, and with what; with `document_lines` every so many sentences are a
+    document, whatever the empty lines say."""
 
     seed: int = Field(default=0, ge=0)
+    document_lines: int | None = Field(default=None, ge=2)
 
 
 def read_documents(files: Files, options: NoOptions) -> Records:
@@ -48,8 +50,12 @@ def read_sentence_pairs(files: Files, options: PairOptions) -> Records:
         else:
             kept.append(record)
     numbers = [record.data["document"] for record in kept]
+    if options.document_lines is not None:
+        numbers = [1 + at // options.document_lines for at in range(len(kept))]
     if kept and numbers[0] == numbers[-1]:
-        raise ConfigError(f"{files.path.name} needs several documents, with empty lines between them; found one")
+        raise ConfigError(
+            f"{files.path.name} needs several documents, with empty lines between them, or document_lines; found one"
+        )
     limits = {number: at for at, number in reversed(list(enumerate(numbers)))}  # where each document begins
     begins = [at for at in range(len(kept) - 1) if numbers[at] == numbers[at + 1] and at not in torn]
     chance = random.Random(options.seed)  # noqa: S311

@@ -134,3 +134,20 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert count == 100_000
     assert peak < 2_000_000
+
+
+def test_targets_inside_words_are_widened_on_request(tmp_path: Path) -> None:
+    opinions = "".join(
+        f'<Opinion target="{t}" category="A#B" polarity="positive" from="{a}" to="{b}"/>'
+        for t, a, b in (("hotel", 3, 8), ("room", 9, 13), ("el", 6, 8), ("bar", 18, 21))
+    )
+    text = "thehotel room, thebar!"
+    (tmp_path / "d.xml").write_text(
+        f'<Reviews><Review rid="1"><sentences><sentence id="1:0"><text>{text}</text>'
+        f"<Opinions>{opinions}</Opinions></sentence></sentences></Review></Reviews>"
+    )
+    (record,) = good(tmp_path, **absa("d.xml", view="targets", whole_words=True))
+    assert [text[s["start"] : s["end"]] for s in record["spans"]] == ["thehotel", "room", "thebar"]
+    assert sorted(record["repairs"]) == ["overlap", "widened", "widened"]
+    (record,) = good(tmp_path, **absa("d.xml", view="targets"))
+    assert [text[s["start"] : s["end"]] for s in record["spans"]] == ["hotel", "room", "bar"]

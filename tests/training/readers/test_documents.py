@@ -51,9 +51,23 @@ def test_every_sentence_of_other_documents_can_be_drawn(tmp_path: Path) -> None:
 
 def test_one_document_is_refused_and_damage_is_not_hidden(tmp_path: Path) -> None:
     (tmp_path / "d.txt").write_text("a\nb\n")
-    with pytest.raises(ConfigError, match=r"d\.txt needs several documents, with empty lines between them; found one"):
+    with pytest.raises(
+        ConfigError,
+        match=r"d\.txt needs several documents, with empty lines between them, or document_lines; found one",
+    ):
         both(tmp_path, path="d.txt", format="sentence_pairs")
     (tmp_path / "d.txt").write_bytes(b"a\nb\xff\nc\n\nd\n")
     records, bad = both(tmp_path, path="d.txt", format="sentence_pairs")
     assert [b.where for b in bad] == ["d.txt:2"]
     assert [(r.data["text"], r.data["text_pair"]) for r in records] == []
+
+
+def test_so_many_lines_are_a_document_where_empty_lines_say_nothing(tmp_path: Path) -> None:
+    (tmp_path / "d.txt").write_text("".join(f"{at}\n" for at in range(25)))
+    options = {"document_lines": 10}
+    found = good(tmp_path, path="d.txt", format="sentence_pairs", options=options)
+    assert [int(r["text"]) for r in found] == [*range(9), *range(10, 19), *range(20, 24)]
+    for record in found:
+        here, there = int(record["text"]), int(record["text_pair"])
+        assert (there == here + 1) if record["label"] == "next" else (here // 10 != there // 10)
+    assert {r["label"] for r in found} == {"next", "random"}

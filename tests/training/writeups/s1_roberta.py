@@ -20,9 +20,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from training import MultitaskModel, MultitaskTrainer
 from training.collation import FeatureCollator
-from training.multitask import MultitaskModel
-from training.trainer import MultitaskTrainer
 
 Splits = Mapping[str, Dataset]
 TASKS = ("stsb", "rte", "commonsense_qa")

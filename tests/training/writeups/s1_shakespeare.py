@@ -20,9 +20,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from training import MultitaskModel, MultitaskTrainer
 from training.collation import FeatureCollator
-from training.multitask import MultitaskModel
-from training.trainer import MultitaskTrainer
 
 Splits = dict[str, Dataset]
 SPLITS = ("train", "dev", "test")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import HfArgumentParser, TrainingArguments
 
-from training.reporting import ReportingTrainer
+from training import ReportingTrainer
 
 
 def rows(count: int, *, seed: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -65,4 +65,5 @@ def main(arguments: list[str]) -> ReportingTrainer:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:]).end()
+    trainer = main(sys.argv[1:])  # kept: torch can hang where a trainer goes while gloo's threads still hold tensors
+    trainer.end()

@@ -104,6 +104,7 @@ def run_file(tmp_path: Path, trunk_folder: Callable[[str], Path]) -> Run:
             "tasks": sections,
             "training": {"epochs": 1, "batch_size": 4, "learning_rate": 1e-3, "logging_steps": 2},
             "golden_rows": 2,
+            "resamples": 20,
             **extra,
         }
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")

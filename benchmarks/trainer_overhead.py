@@ -26,10 +26,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from mtserve.demo.run import RUN_FILE, packaged_trunk
-from training.fit import arguments, make_trainer
 from training.prepare import prepare
-from training.progress import Progress
 from training.runfile import read_config
+from training.trainer.fit import arguments, make_trainer
+from training.trainer.progress import Progress
 
 
 class Clock(TrainerCallback):

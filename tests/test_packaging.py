@@ -21,7 +21,7 @@ def names(requirements: list[str]) -> set[str]:
 
 def test_extras() -> None:
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) == {"torch", "serve", "train", "onnx", "gpu", "ray", "ui", "dev"}
+    assert set(extras) == {"torch", "serve", "train", "onnx", "gpu", "ray", "ui", "dev", "stemming", "farasa"}
     assert "torch>=2.11" in extras["torch"]
     assert not names(PROJECT["dependencies"]) & {"torch", "transformers", "bentoml"}
     assert len(PROJECT["dependencies"]) <= 12

@@ -6,17 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from training.multitask import MultitaskModel
-    from training.reporting import ReportingTrainer, ReportsMetrics
-    from training.trainer import MultitaskTrainer
+    from training.stock.multitask import MultitaskModel
+    from training.trainer.multitask import MultitaskTrainer
+    from training.trainer.reporting import ReportingTrainer, ReportsMetrics
 
 __all__ = ["MultitaskModel", "MultitaskTrainer", "ReportingTrainer", "ReportsMetrics"]
 
 _HOMES = {
-    "MultitaskModel": "multitask",
-    "MultitaskTrainer": "trainer",
-    "ReportingTrainer": "reporting",
-    "ReportsMetrics": "reporting",
+    "MultitaskModel": "stock.multitask",
+    "MultitaskTrainer": "trainer.multitask",
+    "ReportingTrainer": "trainer.reporting",
+    "ReportsMetrics": "trainer.reporting",
 }
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from mtserve.errors import MissingExtraError, SetupError
 from training.config import RunConfig
+from training.report.tables import Line, aligned
 from training.runfile import find, read_config
-from training.tables import Line, aligned
 
 _HELP = """\
 example: python -m training run.yaml output=runs/second training.epochs=5 tasks.intent.weight=2
@@ -48,7 +48,7 @@ def _lines(options: argparse.Namespace, config: RunConfig, *, command: str) -> l
             from training.compare import compare
 
             return compare(config, options.trunks, base=base, command=command)
-        from training.evaluate import table
+        from training.report.evaluate import table
         from training.run import train
     except ModuleNotFoundError as error:
         raise MissingExtraError("training", "train") from error

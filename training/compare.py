@@ -9,8 +9,8 @@ from pathlib import Path
 from mtserve.errors import ConfigError
 from training.config import RunConfig
 from training.finish import Result
+from training.report.tables import Line, markdown
 from training.run import train
-from training.tables import Line, markdown
 
 
 def compare(config: RunConfig, trunks: list[str], *, base: Path, command: str) -> list[Line]:

@@ -12,11 +12,11 @@ from mtserve.manifest import TaskName
 from mtserve.preparation import expand
 from mtserve.tasks import KINDS
 from mtserve.tasks.base import AnyKind
-from training.arguments import FROM_RUN_FILE
-from training.mixture import MixtureConfig
+from training.data.source import Source
 from training.pretraining import TRAINING_KINDS
 from training.section import Section
-from training.source import Source
+from training.trainer.arguments import FROM_RUN_FILE
+from training.trainer.mixture import MixtureConfig
 
 
 class Carve(Section):

@@ -16,13 +16,13 @@ from mtserve.engine import Engine
 from mtserve.golden import golden_rows
 from mtserve.sealing import TaskPart, seal
 from mtserve.weights import task_part, trunk_part
-from training.audit import audit
-from training.card import card
 from training.config import RunConfig
-from training.evaluate import Scores, evaluate
-from training.figures import figures
-from training.fit import Trained
+from training.data.audit import audit
 from training.prepare import Prepared
+from training.report.card import card
+from training.report.evaluate import Scores, evaluate
+from training.report.figures import figures
+from training.trainer.fit import Trained
 
 _VERSIONS = ("torch", "transformers", "tokenizers", "datasets")
 _OF_THE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")

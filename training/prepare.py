@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ from mtserve.engine import Engine, Task
 from mtserve.errors import ConfigError
 from mtserve.model import Model
 from training.config import RunConfig
-from training.fit import TaskRun, check_best
-from training.learner import Learned
+from training.data.splits import TaskData, read_task
 from training.pretraining import MaskedLM, load_head
-from training.splits import TaskData, read_task
+from training.trainer.fit import TaskRun, check_best
+from training.trainer.learner import Learned
+from training.trainer.weighing import loss_terms
 from training.trunk import Trunk, open_trunk
-from training.weighing import loss_terms
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,16 @@ def _read(config: RunConfig, trunk: Trunk, base: Path) -> dict[str, TaskData]:
         for which, split in data[name].splits.items():
             if bad := split.bad.messages:
                 found = f"{len(bad)} of {len(bad) + len(split)} records left out; the first: {bad[0]}"
-                sys.stderr.write(f"{name} {which}: {found}\n")
+                _say(f"{name} {which}: {found}")
             if split.repairs:
-                sys.stderr.write(f"{name} {which}: repaired {_counted(split.repairs)}\n")
+                _say(f"{name} {which}: repaired {_counted(split.repairs)}")
     return data
+
+
+def _say(line: str) -> None:
+    """On stderr, by the first of several processes alone."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(line + "\n")
 
 
 def _counted(repairs: Mapping[str, int]) -> str:

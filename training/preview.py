@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import torch
 
-from training.audit import audit
 from training.config import RunConfig
-from training.fit import arguments, make_trainer
-from training.plan import measure, plan
+from training.data.audit import audit
 from training.prepare import prepare
+from training.trainer.fit import arguments, make_trainer
+from training.trainer.plan import measure, plan
 
 _SAMPLED = 2000
 
@@ -20,11 +21,17 @@ def preview(config: RunConfig, *, base: Path) -> str:
     on its first batches, and thrown away. Raises SetupError as the run would."""
     run = prepare(config, base=base)
     settings = config.training
-    args = arguments(settings, seed=config.seed, folder=Path(config.output))
-    trainer = make_trainer(
-        run.model, run.runs, args,
-        settings=settings, seed=config.seed, pad_id=run.trunk.spec.pad_id, mixture=config.mixture,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:  # a Trainer makes its folder at once
+        args = arguments(settings, seed=config.seed, folder=Path(folder))
+        trainer = make_trainer(
+            run.model,
+            run.runs,
+            args,
+            settings=settings,
+            seed=config.seed,
+            pad_id=run.trunk.spec.pad_id,
+            mixture=config.mixture,
+        )
     trainer.current_gradient_accumulation_steps = settings.gradient_accumulation  # which only its own loop sets
     batches = {task: batch for batch in reversed(list(trainer.sampler)[:200]) for task in [batch[0].task]}
 

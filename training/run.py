@@ -12,11 +12,11 @@ from mtserve.errors import ConfigError
 from mtserve.manifest import MANIFEST
 from mtserve.trunk import hidden_size
 from training.config import RunConfig
-from training.evaluate import measure
 from training.finish import Result, finish
-from training.fit import arguments, fit
 from training.prepare import Prepared, prepare
+from training.report.evaluate import measure
 from training.states import claim, clear, states_folder
+from training.trainer.fit import arguments, fit
 from training.trunk import Trunk
 
 

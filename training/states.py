@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mtserve.errors import ConfigError
 from training.config import RunConfig
-from training.splits import TaskData
+from training.data.splits import TaskData
 
 
 def states_folder(config: RunConfig) -> Path | None:

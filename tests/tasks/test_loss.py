@@ -15,7 +15,7 @@ from mtserve.errors import ConfigError
 from mtserve.rows import Row, make_row
 from mtserve.tasks import KINDS
 from mtserve.tasks.base import IGNORED, PLAIN, LossTerms
-from training.weighing import loss_terms, weights_of_classes
+from training.trainer.weighing import loss_terms, weights_of_classes
 
 LABELS = ("a", "b", "c")
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -12,8 +12,8 @@ from mtserve.text import Text, text_spec
 from tests.tiny import EOS, PAD, TOKENIZER_JSON, trunk_of
 from tests.training.conftest import OPTIONS, Held, rows
 from training.config import Training
-from training.fit import TaskRun, Trained, fit
-from training.learner import Learned
+from training.trainer.fit import TaskRun, Trained, fit
+from training.trainer.learner import Learned
 
 Outcome = tuple[Trained, dict[str, torch.Tensor]]
 

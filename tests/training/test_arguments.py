@@ -13,8 +13,8 @@ from transformers import TrainingArguments
 
 from mtserve.errors import ConfigError
 from tests.shared_data import ROOT
-from training.arguments import ARGUMENTS, FROM_RUN_FILE, RUN_KEYS, TABLE, check_arguments, page
 from training.config import RunConfig, Training
+from training.trainer.arguments import ARGUMENTS, FROM_RUN_FILE, RUN_KEYS, TABLE, check_arguments, page
 
 FIELDS = {field.name for field in fields(TrainingArguments)}
 

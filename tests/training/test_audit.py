@@ -11,7 +11,7 @@ import pytest
 
 from tests.shared_data import DATA, needs_data
 from tests.training.fake_data import task
-from training.audit import audit
+from training.data.audit import audit
 
 AB = {"labels": ["a", "b"]}
 

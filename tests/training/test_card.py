@@ -11,10 +11,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 from tests.training.fake_data import task
-from training.audit import audit
-from training.card import card
 from training.config import RunConfig
-from training.evaluate import Scores
+from training.data.audit import audit
+from training.report.card import card
+from training.report.evaluate import Scores
 
 TEXTS = [{"text": "one", "label": "a|b"}, {"text": "two", "label": "<i>"}]
 FORTH = [{"text": "here ``` is", "target": "it"}]

@@ -10,7 +10,7 @@ import torch
 
 from mtserve.errors import ConfigError
 from mtserve.tasks.base import IGNORED
-from training.collation import FeatureCollator
+from training.stock.collation import FeatureCollator
 
 collate = FeatureCollator(pad_id=9)
 

@@ -77,9 +77,9 @@ from mtserve.tasks.base import IGNORED
 from mtserve.text import Text, text_spec
 from tests.tiny import EOS, FAMILIES, PAD, TOKENIZER_JSON
 from tests.training.writeups.s1_roberta import converters
-from training.collation import FeatureCollator
-from training.multitask import MultitaskModel
-from training.trainer import MultitaskTrainer
+from training.stock.collation import FeatureCollator
+from training.stock.multitask import MultitaskModel
+from training.trainer.multitask import MultitaskTrainer
 
 Folder = Callable[[str], Path]
 TEXT = Text(TOKENIZER_JSON, text_spec(TOKENIZER_JSON, pad_id=PAD, eos_id=EOS))
@@ -116,7 +116,7 @@ def test_40_label_ids_are_those_of_training_whatever_a_split_holds() -> None:
 
 def test_41_a_table_is_found_by_its_own_content(tmp_path: Path) -> None:
     """Features of one direction were written under the name of the other."""
-    from training.source import Source, fingerprint
+    from training.data.source import Source, fingerprint
 
     found = []
     for name, target in (("original", "thou art"), ("modern", "you are")):

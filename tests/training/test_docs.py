@@ -12,7 +12,7 @@ from mtserve.preparation import PRESETS, STEPS
 from tests.shared_data import ROOT
 from training import __all__ as api
 from training.config import RunConfig, TaskConfig, Training
-from training.mixture import MixtureConfig, Strategy
+from training.trainer.mixture import MixtureConfig, Strategy
 
 PAGE = (ROOT / "docs/training.md").read_text(encoding="utf-8")
 NAMED = {name for cell in re.findall(r"`([^`]+)`", PAGE) for name in re.findall(r"[\w:]+", cell)}

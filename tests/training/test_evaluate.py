@@ -17,7 +17,7 @@ from mtserve.tasks import KINDS
 from tests.tiny import PAD, tiny
 from tests.training.conftest import rows
 from tests.training.fake_data import task
-from training.evaluate import Scores, evaluate, intervals, measure, table
+from training.report.evaluate import Scores, evaluate, intervals, measure, table
 
 LABELS = {"labels": ["good", "bad", "fine"], "max_length": 48}
 
@@ -85,7 +85,7 @@ def test_masked_tokens_are_predicted_in_small_parts_beside_the_most_frequent_tok
     engine = Engine([Task("mlm", data.kind, data.options)], EagerBackend(small.model, pad_id=PAD), small.text)
     data.train.features = [data.kind.features(one, data.options, small.text) for one in data.train.examples]
     whole, predict, parts = evaluate(engine, "mlm", data), engine.predict, []
-    monkeypatch.setattr("training.evaluate._MASKED_TOKENS_AT_ONCE", 3 * 16 + 1)
+    monkeypatch.setattr("training.report.evaluate._MASKED_TOKENS_AT_ONCE", 3 * 16 + 1)
     monkeypatch.setattr(engine, "predict", lambda name, part: parts.append(len(part)) or predict(name, part))
     assert evaluate(engine, "mlm", data) == whole
     assert parts == [3, 3, 1]

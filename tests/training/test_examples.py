@@ -14,9 +14,9 @@ from mtserve.tasks import KINDS
 from mtserve.text import Text, text_spec
 from tests.tiny import EOS, PAD, TOKENIZER_JSON
 from tests.training.conftest import rows, write_jsonl
-from training import records
 from training.config import TaskConfig
-from training.splits import TaskData, read_task
+from training.data import records
+from training.data.splits import TaskData, read_task
 
 GOOD = rows("classification", 6)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.evaluate import Scores
-from training.figures import confusion, curves, figures
+from training.report.evaluate import Scores
+from training.report.figures import confusion, curves, figures
 
 
 def picture(content: bytes) -> Any:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtserve.errors import ConfigError
-from training.ledger import RESERVED, Ledger, Sums, mean_of
+from training.trainer.ledger import RESERVED, Ledger, Sums, mean_of
 
 BATCH = st.tuples(
     st.sampled_from([None, "a", "b.c"]),
@@ -240,5 +240,5 @@ def test_state_is_json_of_plain_numbers() -> None:
 
 
 def test_the_ledger_needs_no_tensor_library() -> None:
-    code = "import sys, training.ledger; sys.exit('torch' in sys.modules)"
+    code = "import sys, training.trainer.ledger; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

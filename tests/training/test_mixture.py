@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mtserve.errors import ConfigError
-from training.mixture import MixtureConfig, Schedule, Strategy, apportioned
+from training.trainer.mixture import MixtureConfig, Schedule, Strategy, apportioned
 
 ONCE = ("proportional", "round_robin")
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -26,8 +26,8 @@ from transformers import (
 import mtserve
 from mtserve.errors import CheckpointError, ConfigError, UnknownTaskError
 from tests.tiny import EOS, FAMILIES, PAD, TOKENIZER_JSON
-from training.multitask import MultitaskModel
-from training.serving import to_checkpoint
+from training.stock.multitask import MultitaskModel
+from training.stock.serving import to_checkpoint
 
 Folder = Callable[[str], Path]
 Ids = Tensor

@@ -14,7 +14,7 @@ from mtserve.errors import ConfigError
 from mtserve.model import Model
 from mtserve.tasks.base import HeadSpec
 from tests.tiny import FAMILIES, tiny, trunk_of
-from training.optimizer import freeze, make_optimizer, parameter_groups, trunk_layers
+from training.trainer.optimizer import freeze, make_optimizer, parameter_groups, trunk_layers
 
 SHARED = {"albert": 1}
 BELOW = {

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.training.test_mixture import schedule, schedules
-from training.mixture import Schedule
-from training.plan import duration, measure, plan
+from training.trainer.mixture import Schedule
+from training.trainer.plan import duration, measure, plan
 
 
 @given(mixture=schedules(), accumulation=st.integers(1, 5), max_steps=st.none() | st.integers(1, 60))
@@ -85,7 +85,7 @@ def test_a_table_without_times() -> None:
 
 def test_a_token_costs_the_median_after_warming_up(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([0, 900, 1000, 1010, 2000, 2040, 3000, 3020])  # the first step takes 900 seconds
-    monkeypatch.setattr("training.plan.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("training.trainer.plan.perf_counter", lambda: next(ticks))
     asked: list[str] = []
 
     def step(task: str) -> int:

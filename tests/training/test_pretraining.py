@@ -21,8 +21,8 @@ from mtserve.tasks.base import IGNORED, HeadSpec
 from mtserve.text import Text, text_spec
 from tests.test_contract import stock_logits
 from tests.tiny import CORPUS, EOS, FAMILIES, PAD, TOKENIZER_JSON, tiny
-from training.optimizer import parameter_groups
 from training.pretraining import TRAINING_KINDS, MaskedLM, MaskedLMExample, MaskedLMOptions, load_head
+from training.trainer.optimizer import parameter_groups
 
 KIND, OPTIONS = MaskedLM(), MaskedLMOptions(max_length=48)
 MASKED = sorted(set(FAMILIES) - {"gpt2", "llama"})

@@ -28,7 +28,7 @@ QUIET = ("resamples=0", "golden_rows=1", "training.batch_size=2", "training.warm
 KILLED = """
 import os, signal, sys
 from training.__main__ import main
-from training.deadline import Deadline
+from training.trainer.deadline import Deadline
 step_end, at = Deadline.on_step_end, int(os.environ["KILL_AT"])
 def on_step_end(self, args, state, control, **given):
     if state.global_step == at and args.process_index == 1:

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from mtserve.errors import ConfigError
 from tests.shared_data import ROOT
+from training.data.source import Source, fingerprint, read
 from training.readers import FORMATS, BadRecord, Record
-from training.source import Source, fingerprint, read
 
 RECORDS = [{"text": 'Ein Gruß, "ja"', "label": "good"}, {"text": "two\nlines", "label": "bad"}]
 

@@ -20,10 +20,10 @@ from tests.tiny import FAMILIES, TOKENIZER_JSON
 from tests.training.test_arabic import write_arabert
 from training.__main__ import main
 from training.config import Carve, RunConfig
-from training.records import read_records
+from training.data.records import read_records
+from training.data.splits import carve
 from training.run import Result, train
 from training.runfile import RECIPES, find, read_config
-from training.splits import carve
 
 FORMS = {
     "arabic_hotels": ("hub", "data_dir"),

@@ -24,7 +24,7 @@ from transformers import TrainerCallback, TrainingArguments
 from mtserve.errors import CheckpointError, ConfigError
 from tests.training.writeups import s3_demo
 from tests.training.writeups.s3_demo import Demo, parts, rows
-from training.reporting import ReportingTrainer, ReportsMetrics
+from training.trainer.reporting import ReportingTrainer, ReportsMetrics
 
 COMMAND = [
     *("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "4"),

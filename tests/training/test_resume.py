@@ -17,11 +17,11 @@ import torch
 from mtserve.errors import ConfigError
 from tests.training.conftest import Run
 from training import run as runs
-from training.deadline import Deadline
 from training.finish import Result
 from training.run import train
 from training.runfile import read_config
 from training.states import newest
+from training.trainer.deadline import Deadline
 
 TASKS = {"topic": "classification", "names.2-b_c": "token_classification"}
 WORDS = (
@@ -137,7 +137,7 @@ def test_trained_but_not_sealed(ends: str, run_file: Run, monkeypatch: pytest.Mo
 KILLED = """
 import os, signal, sys
 from training.__main__ import main
-from training.trainer import MultitaskTrainer
+from training.trainer.multitask import MultitaskTrainer
 saved = MultitaskTrainer._save_rng_state
 def save(self, folder):
     if self.state.global_step == 6:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from tests.training.test_mixture import schedule, schedules
-from training.mixture import Schedule
-from training.sampler import Key, TaskBatches
+from training.trainer.mixture import Schedule
+from training.trainer.sampler import Key, TaskBatches
 
 RANKS = st.integers(1, 8)
 

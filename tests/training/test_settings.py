@@ -20,15 +20,15 @@ from mtserve.tasks.validation import validate
 from mtserve.text import Text, text_spec
 from tests.tiny import EOS, PAD, TOKENIZER_JSON, trunk_of
 from tests.training.conftest import OPTIONS, Held, Run, rows
-from training import deadline
-from training.arguments import ARGUMENTS, RUN_KEYS
 from training.config import Training
 from training.finish import Result
-from training.fit import TaskRun, Trained, fit
-from training.learner import Learned
 from training.run import train
 from training.runfile import read_config
-from training.weighing import loss_terms
+from training.trainer import deadline
+from training.trainer.arguments import ARGUMENTS, RUN_KEYS
+from training.trainer.fit import TaskRun, Trained, fit
+from training.trainer.learner import Learned
+from training.trainer.weighing import loss_terms
 
 TASKS = {"topic": "classification", "names": "token_classification"}
 TEXT = Text(TOKENIZER_JSON, text_spec(TOKENIZER_JSON, pad_id=PAD, eos_id=EOS))

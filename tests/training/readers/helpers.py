@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from training.data.source import Source, read
 from training.readers import BadRecord, Record
-from training.source import Source, read
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "readers"
 

@@ -10,7 +10,7 @@ import pytest
 
 from mtserve.errors import ConfigError
 from tests.training.readers.helpers import FIXTURES, both, faults, good
-from training.source import Source, read
+from training.data.source import Source, read
 
 SENTENCE = '<sentence id="s"><text>Good tea.</text><Opinions>{}</Opinions></sentence>'
 

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from tests.training.readers.helpers import both, good
-from training.source import Source, fingerprint
+from training.data.source import Source, fingerprint
 
 CHOICES = [{"label": "B", "text": "boat"}, {"label": "A", "text": "hat"}, {"label": "1", "text": "rain"}]
 

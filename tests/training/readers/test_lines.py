@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from mtserve.errors import ConfigError
 from tests.training.readers.helpers import both, faults, good
+from training.data.source import Source, read
 from training.readers import FORMATS, BadRecord, Record
-from training.source import Source, read
 
 LINES = [f for f, rules in FORMATS.items() if rules.encoded]
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from training import MultitaskModel, MultitaskTrainer
-from training.collation import FeatureCollator
+from training.stock.collation import FeatureCollator
 
 Splits = Mapping[str, Dataset]
 TASKS = ("stsb", "rte", "commonsense_qa")

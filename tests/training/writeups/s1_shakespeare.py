@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from training import MultitaskModel, MultitaskTrainer
-from training.collation import FeatureCollator
+from training.stock.collation import FeatureCollator
 
 Splits = dict[str, Dataset]
 SPLITS = ("train", "dev", "test")

@@ -21,13 +21,13 @@ from transformers.trainer_callback import PrinterCallback
 from mtserve.errors import ConfigError
 from mtserve.model import Model
 from training.config import Training
-from training.deadline import Deadline
-from training.learner import Features, FeatureSet, Learned, Learner, collate
-from training.mixture import MixtureConfig
-from training.optimizer import freeze, parameter_groups
-from training.progress import Progress
 from training.states import newest
-from training.trainer import Evaluator, MultitaskTrainer
+from training.trainer.deadline import Deadline
+from training.trainer.learner import Features, FeatureSet, Learned, Learner, collate
+from training.trainer.mixture import MixtureConfig
+from training.trainer.multitask import Evaluator, MultitaskTrainer
+from training.trainer.optimizer import freeze, parameter_groups
+from training.trainer.progress import Progress
 
 _KEPT = ("step", "epoch", "loss", "grad_norm", "learning_rate")
 _LOSS_LIKE = ("loss", "perplexity")

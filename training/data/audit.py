@@ -16,9 +16,9 @@ import numpy as np
 
 from mtserve.tasks.base import AnyKind, Example
 from mtserve.tasks.measures import Array
-from training.examples import Split
-from training.splits import TaskData
-from training.tables import Line, aligned
+from training.data.examples import Split
+from training.data.splits import TaskData
+from training.report.tables import Line, aligned
 
 _NOTABLE = 0.01
 _DRIFT = 0.05

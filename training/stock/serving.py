@@ -18,7 +18,7 @@ from mtserve.sealing import seal
 from mtserve.tasks import KINDS
 from mtserve.text import Text, text_spec
 from mtserve.weights import task_part, trunk_part
-from training.multitask import MultitaskModel
+from training.stock.multitask import MultitaskModel
 
 
 def to_checkpoint(

@@ -33,7 +33,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from typing_extensions import override
 
 from mtserve.errors import CheckpointError, ConfigError
-from training.ledger import Ledger, Phase, Sums, merge
+from training.trainer.ledger import Ledger, Phase, Sums, merge
 
 
 class ReportsMetrics:

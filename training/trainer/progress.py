@@ -16,6 +16,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is not fo
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         self.bar = tqdm(total=state.max_steps, desc="training", unit="step", file=sys.stderr, disable=None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -26,7 +28,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # transformers is not fo
         losses = [
             f"{name.removeprefix('train_loss_')} {v:.3f}" for name, v in logs.items() if name.startswith("train_loss_")
         ]
-        if losses and "loss" in logs:
+        if losses and "loss" in logs and state.is_world_process_zero:
             tqdm.write(f"step {state.global_step}/{state.max_steps}  {'  '.join(losses)}", file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -17,7 +17,7 @@ from mtserve.backends.eager import padded
 from mtserve.model import Model
 from mtserve.rows import Row
 from mtserve.tasks.base import PLAIN, AnyKind, Kind, LossTerms, Options
-from training.examples import Feature
+from training.data.examples import Feature
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from training.sampler import Key, TaskBatches
+from training.trainer.sampler import Key, TaskBatches
 
 Item = tuple[Key, Any]
 Collate = Callable[[list[Any]], Mapping[str, Any]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from training.mixture import Schedule
+from training.trainer.mixture import Schedule
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from mtserve.errors import ConfigError
 from mtserve.tasks.base import AnyKind, Options
 from mtserve.text import Text
 from training.config import Carve, TaskConfig
-from training.examples import Split, featurise
-from training.records import Policy, Records, read_records
+from training.data.examples import Split, featurise
+from training.data.records import Policy, Records, read_records
 
 
 @dataclass(frozen=True)

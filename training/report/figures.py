@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
-    from training.evaluate import Scores
+    from training.report.evaluate import Scores
 
 _LOSS = "train_loss_"
 _COLUMNS = 4

@@ -22,7 +22,7 @@ from mtserve.errors import InputError
 from mtserve.rows import Row, make_row
 from mtserve.tasks.base import AnyKind, Example, Options
 from mtserve.text import Text
-from training.records import BadRecords, Records, mark, quiet, sorted_out
+from training.data.records import BadRecords, Records, mark, quiet, sorted_out
 
 Feature = tuple[list[Row], Any]
 """The rows of a training example and the target that its loss compares their logits with."""

@@ -28,14 +28,14 @@ import training
 from mtserve.errors import ConfigError, InputError
 from mtserve.tasks.base import AnyKind
 from mtserve.tasks.validation import validate
+from training.data.source import Source, fingerprint, read
 from training.readers import BadRecord, Record
-from training.source import Source, fingerprint, read
 
 Policy = Literal["stop", "skip"]
 NOTES = {**dict.fromkeys(("_where", "_error", "_group"), Value("string")), "_repairs": List(Value("string"))}
 _CODE = (
     (mtserve, ("text.py", "rows.py", "preparation*", "tasks")),
-    (training, ("readers", "source.py", "records.py", "examples.py", "pretraining.py")),
+    (training, ("readers", "data", "pretraining.py")),
 )
 
 

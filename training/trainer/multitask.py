@@ -23,13 +23,13 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 from typing_extensions import override
 
 from mtserve.errors import ConfigError
-from training.arguments import check_arguments
-from training.collation import FeatureCollator
-from training.items import Collate, Collator, TaskItems
-from training.mixture import MixtureConfig, Schedule
-from training.optimizer import make_optimizer
-from training.reporting import ReportingTrainer
-from training.sampler import Key, TaskBatches
+from training.stock.collation import FeatureCollator
+from training.trainer.arguments import check_arguments
+from training.trainer.items import Collate, Collator, TaskItems
+from training.trainer.mixture import MixtureConfig, Schedule
+from training.trainer.optimizer import make_optimizer
+from training.trainer.reporting import ReportingTrainer
+from training.trainer.sampler import Key, TaskBatches
 
 Evaluator = Callable[[], Mapping[str, Mapping[str, float]]]
 """Metrics of each task; the first of a task stands for it in the average."""
@@ -51,7 +51,7 @@ class MultitaskTrainer(ReportingTrainer):
     weights          task -> factor of its loss, 1 by default
     groups           parameter groups for the optimizer that the arguments name
 
-    Raises ConfigError for arguments that have no meaning here (`training/arguments.py` has the table).
+    Raises ConfigError for arguments that have no meaning here (`training/trainer/arguments.py` has the table).
     """
 
     loss_is_scaled_for_ga = False

@@ -16,8 +16,8 @@ from mtserve.engine import Engine
 from mtserve.errors import ConfigError
 from mtserve.tasks.base import Example
 from mtserve.tasks.measures import LabelScores, Metrics, Outcomes
-from training.splits import TaskData
-from training.tables import Line
+from training.data.splits import TaskData
+from training.report.tables import Line
 
 _EXAMPLES_AT_ONCE = 1024
 _MASKED_TOKENS_AT_ONCE = 4096

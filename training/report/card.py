@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from training.audit import Audit
 from training.config import RunConfig
-from training.evaluate import Scores, table
-from training.splits import TaskData
-from training.tables import Line, fenced, markdown
+from training.data.audit import Audit
+from training.data.splits import TaskData
+from training.report.evaluate import Scores, table
+from training.report.tables import Line, fenced, markdown
 
 _LABELS_SHOWN = 12
 _HUB = {
@@ -46,7 +46,7 @@ def card(
 
     scores    of each task on its evaluation split; `test` of those that have a test split
     source    what the trunk is called
-    figures   names of the pictures beside the card, as `training.figures.figures` gives them
+    figures   names of the pictures beside the card, as `training.report.figures.figures` gives them
     """
     parts = [
         _metadata(config, data, [*scores.items(), *test.items()]),

@@ -24,7 +24,7 @@ from mtserve.manifest import check_task_name
 from mtserve.model import module_name
 from mtserve.resolve import resolve
 from mtserve.trunk import is_causal, load_trunk, no_progress_bars
-from training.taskmodels import task_model
+from training.stock.taskmodels import task_model
 
 INDEX = "multitask.json"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

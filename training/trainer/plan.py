@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from time import perf_counter
 
-from training.mixture import Schedule, Strategy
+from training.trainer.mixture import Schedule, Strategy
 
 
 @dataclass(frozen=True)

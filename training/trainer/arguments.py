@@ -37,7 +37,7 @@ TABLE: dict[Status, dict[str, str]] = {
         "dataloader_num_workers dataloader_prefetch_factor dataloader_persistent_workers": "They change no batch.",
         "dataloader_pin_memory": "Where there is an accelerator.",
         "use_cpu": "As in Transformers.",
-        "ddp_backend ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers": "Each process has a slice of each batch.",
+        "ddp_backend ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers": "Each process has a slice of a batch.",
         "ddp_find_unused_parameters": "Needed (the default), since a batch leaves the heads of other tasks unused.",
         "torch_empty_cache_steps skip_memory_metrics": "As in Transformers.",
     },

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from mtserve.errors import MissingExtraError, SetupError
 from training.config import RunConfig
 from training.report.tables import Line, aligned
-from training.runfile import find, read_config
+from training.runfile import base_of, find, read_config
 
 _HELP = """\
 example: python -m training run.yaml output=runs/second training.epochs=5 tasks.intent.weight=2
 
 Train every task of a run file, or of a recipe, on one trunk and write a checkpoint. The keys of a run file are:
 {keys}.
-Data paths are relative to the run file. Exit code 2 stands for a wrong run file, data, trunk or output."""
+Data paths are relative to the run file, those of a recipe to the working directory. Exit code 2 stands for a wrong run file, data, trunk or output."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,12 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _lines(options: argparse.Namespace, config: RunConfig, *, command: str) -> list[Line]:
     """What the command has to say on stdout, as cells. Its parts are imported late: they take seconds, and a wrong run
     file is said first."""
-    base = find(options.run).parent
+    base = base_of(find(options.run))
     try:
         if options.plan:
             from training.preview import preview
 
-            return [(line,) for line in preview(config, base=base).splitlines()]
+            each = [config.model_copy(update={"trunk": one, "trunk_name": None}) for one in options.trunks or ()]
+            plans = [f"trunk {one.trunk}\n\n{preview(one, base=base)}\n" for one in each] or [
+                preview(config, base=base)
+            ]
+            return [(line,) for line in "\n".join(plans).splitlines()]
         if options.trunks:
             from training.compare import compare
 

@@ -11,6 +11,7 @@ from training.config import RunConfig
 from training.finish import Result
 from training.report.tables import Line, markdown
 from training.run import train
+from training.trunk import find_trunk
 
 
 def compare(config: RunConfig, trunks: list[str], *, base: Path, command: str) -> list[Line]:
@@ -22,6 +23,8 @@ def compare(config: RunConfig, trunks: list[str], *, base: Path, command: str) -
     names = [re.sub(r"[^\w.-]+", "-", trunk.rstrip("/").rsplit("/", 1)[-1]) for trunk in trunks]
     if len(set(names)) != len(names):
         raise ConfigError(f"trunks must end in different names; found {', '.join(names)}")
+    for trunk in trunks:  # hours may pass before the last one's turn
+        find_trunk(trunk, base)
     home = Path(config.output)
     results: dict[str, Result] = {}
     for name, trunk in zip(names, trunks, strict=True):
@@ -39,11 +42,12 @@ def compare(config: RunConfig, trunks: list[str], *, base: Path, command: str) -
 
 
 def _table(results: dict[str, Result]) -> list[Line]:
-    """A line a trunk; a column for every metric of every task on every split."""
+    """A column a trunk; a line for every metric of every task on every split."""
     first = next(iter(results.values()))
-    columns = [(t, w, m) for w, of in first.splits.items() for t, scores in of.items() for m in scores.metrics]
-    lines: list[Line] = [("trunk", *(f"{task} {which} {metric}" for task, which, metric in columns))]
-    for name, result in results.items():
-        cells = (f"{result.splits[which][task].metrics[metric]:.3f}" for task, which, metric in columns)
-        lines.append((name, *cells))
+    lines: list[Line] = [("task", "split", "metric", *results)]
+    for which, of in first.splits.items():
+        for task, scores in of.items():
+            for metric in scores.metrics:
+                found = (f"{result.splits[which][task].metrics[metric]:.3f}" for result in results.values())
+                lines.append((task, which, metric, *found))
     return lines

@@ -45,13 +45,16 @@ def prepare(config: RunConfig, *, base: Path) -> Prepared:
         raise ConfigError("training.label_smoothing: no task here has a loss that can use it")
     for name, of in data.items():
         wanted = config.tasks[name]
-        terms = loss_terms(
-            of.kind,
-            of.options,
-            targets=(target for _, target in of.train.features) if wanted.class_weights else (),
-            label_smoothing=smoothing if "label_smoothing" in of.kind.loss_terms else 0.0,
-            class_weights=wanted.class_weights,
-        )
+        try:
+            terms = loss_terms(
+                of.kind,
+                of.options,
+                targets=(target for _, target in of.train.features) if wanted.class_weights else (),
+                label_smoothing=smoothing if "label_smoothing" in of.kind.loss_terms else 0.0,
+                class_weights=wanted.class_weights,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"tasks.{name}.{error}") from error
         learned = Learned(of.kind, of.options, terms)
         runs[name] = TaskRun(learned, of.train.features, wanted.weight, config.batch_size(name))
     measured = {n: list(of.kind.metrics(*_one(of), of.options)) for n, of in data.items()}

@@ -31,6 +31,7 @@ def preview(config: RunConfig, *, base: Path) -> str:
             seed=config.seed,
             pad_id=run.trunk.spec.pad_id,
             mixture=config.mixture,
+            evaluator=dict,  # never asked: nothing is trained
         )
     trainer.current_gradient_accumulation_steps = settings.gradient_accumulation  # which only its own loop sets
     batches = {task: batch for batch in reversed(list(trainer.sampler)[:200]) for task in [batch[0].task]}

@@ -28,7 +28,7 @@ def train(config: RunConfig, *, base: Path, command: str = "") -> Result | None:
     """
     started = time.monotonic()
     output = Path(config.output)
-    _check_output(output, overwrite=config.overwrite)
+    _check_output(output, overwrite=config.overwrite, result=config.result)
     states = states_folder(config)
     args = arguments(config.training, seed=config.seed, folder=states or output)
     with args.main_process_first(local=False, desc="reading data"):
@@ -66,14 +66,18 @@ def _measured(run: Prepared, name: str) -> dict[str, float]:
     return {of.kind.metric: metrics[of.kind.metric], **metrics}
 
 
-def _check_output(output: Path, *, overwrite: bool) -> None:
+def _check_output(output: Path, *, overwrite: bool, result: str) -> None:
     """Refuse before training what sealing would refuse after it."""
     if (output / MANIFEST).exists():
+        if result == "trunk":
+            raise ConfigError(f"{output} holds a checkpoint, which a trunk cannot replace; allowed: another output")
         if not overwrite:
             raise ConfigError(f"{output} already holds a checkpoint; allowed: another output, or overwrite: true")
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} holds something that is no checkpoint; allowed: a new or empty folder")
     home = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not home.is_dir():
+        raise ConfigError(f"{output} cannot be written: {home} is no folder")
     if not os.access(home, os.W_OK):
         raise ConfigError(f"{output} cannot be written: no permission in {home}")
 

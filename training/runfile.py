@@ -31,6 +31,11 @@ def find(name: str) -> Path:
     raise ConfigError(f"{name} is no file and no recipe; recipes: {', '.join(recipes)}")
 
 
+def base_of(path: Path) -> Path:
+    """What paths in a run file are relative to: its folder, or, of a recipe that ships, the working directory."""
+    return Path() if path.resolve().parent == RECIPES.resolve() else path.parent
+
+
 def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run file at `path` with `dotted.key=value` overrides, their values parsed as YAML. Raises ConfigError."""
     try:

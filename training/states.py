@@ -17,6 +17,7 @@ def states_folder(config: RunConfig) -> Path | None:
     """Where states to resume from are kept beside the output; None where the run keeps none."""
     kept = config.training.save_steps or config.training.best or config.training.report_to or config.resume
     output = Path(config.output)
+    output = output.resolve() if output.name in ("", "..") else output  # `.` has no name to put something beside
     return output.with_name(output.name + ".training") if kept else None
 
 

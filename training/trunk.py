@@ -45,16 +45,20 @@ def open_trunk(location: str, base: Path, *, name: str | None = None, preparatio
 
     Raises ResolveError, or CheckpointError for weights or a tokenizer that cannot be used.
     """
-    beside = (base / location).is_dir()
-    folder = resolve(base / location if beside else location)
+    folder = find_trunk(location, base)
     model = load_trunk(str(folder))
     tokenizer = tokenizer_json(folder)
     spec = _spec(folder, model.config, tokenizer).model_copy(update={"preparation": preparation})
     words, entries = Text(tokenizer, spec).vocab_size, model.get_input_embeddings().weight.shape[0]
     if words > entries:
         raise CheckpointError(f"{folder}: the tokenizer has {words} tokens, the trunk embeds {entries}")
-    source = name or (folder.name if Path(location).is_dir() or beside else location)
-    return Trunk(model, tokenizer, spec, source, folder)
+    local = Path(location).is_dir() or (base / location).is_dir()
+    return Trunk(model, tokenizer, spec, name or (folder.name if local else location), folder)
+
+
+def find_trunk(location: str, base: Path) -> Path:
+    """The trunk's folder, fetched from the hub where it must be. Raises ResolveError."""
+    return resolve(base / location if (base / location).is_dir() else location)
 
 
 def tokenizer_json(folder: Path) -> str:

@@ -198,3 +198,14 @@ def test_command_line(run_file: Run, capsys: pytest.CaptureFixture[str]) -> None
         main(["--help"])
     assert stop.value.code == 0
     assert "example: python -m training run.yaml" in capsys.readouterr().out
+
+
+def test_a_plan_trains_and_writes_nothing(run_file: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run_file({"topic": "classification", "names": "token_classification"})
+    before = set(path.parent.rglob("*"))
+    settings = ["training.eval_steps=2", "training.best=average", "training.patience=1", "training.save_steps=2"]
+    assert main([str(path), "--plan", *settings]) == 0
+    shown = capsys.readouterr().out
+    assert "mixture proportional: 1 epochs, 6 steps" in shown
+    assert shown.count("topic") >= 3
+    assert set(path.parent.rglob("*")) == before

@@ -354,7 +354,7 @@ def test_the_average_is_over_each_tasks_own_metric(run_file: Run) -> None:
 
 def test_a_metric_that_is_not_measured_is_refused_before_training(run_file: Run) -> None:
     path = run_file({"topic": "classification", "names": "token_classification"})
-    allowed = "average, topic.accuracy, topic.macro_f1, topic.mcc, names.f1, names.precision, names.recall, names.accuracy"
+    allowed = "average, topic.accuracy, topic.macro_f1, topic.mcc, names.f1, names.precision, names.recall, names.acc"
     for best in ("names.mcc", "topic", "loss", "average.f1"):
         with pytest.raises(ConfigError, match=f"training.best: '{best}' is not measured; allowed: {allowed}"):
             run(path, "training.eval_steps=1", f"training.best={best}")

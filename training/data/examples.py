@@ -22,7 +22,7 @@ from mtserve.errors import InputError
 from mtserve.rows import Row, make_row
 from mtserve.tasks.base import AnyKind, Example, Options
 from mtserve.text import Text
-from training.data.records import BadRecords, Records, mark, quiet, sorted_out
+from training.data.records import BadRecords, Records, making, mark, sorted_out
 
 Feature = tuple[list[Row], Any]
 """The rows of a training example and the target that its loss compares their logits with."""
@@ -146,7 +146,7 @@ def featurise(kind: AnyKind, options: Options, text: Text, records: Records, *, 
 
     made_of = (records.mark, kind.name, options.model_dump(mode="json"), text.spec.model_dump(mode="json"), tokenizer)
     columns = Features({**fields, **_ROWS})
-    with quiet():
+    with making():
         table = records.table.map(features, features=columns, new_fingerprint=mark("features", *made_of))
     bad, kept = sorted_out(table, records.bad.policy)
     bad.messages[:0] = records.bad.messages

@@ -99,15 +99,28 @@ def read_records(
             except InputError as error:
                 yield {**blank, "_error": str(error)}
 
-    try:
-        with quiet():
-            table = datasets.Dataset.from_generator(
-                rows, features=Features({**columns, **NOTES}), cache_dir=str(_cache()), fingerprint=name
-            )
-    except DatasetGenerationError as error:  # it wraps what the reader said
-        raise error.__cause__ if isinstance(error.__cause__, ConfigError) else error from error
+    with making():
+        table = datasets.Dataset.from_generator(
+            rows, features=Features({**columns, **NOTES}), cache_dir=str(_cache()), fingerprint=name
+        )
     bad, kept = sorted_out(table, policy)
     return Records(table if len(kept) == len(table) else table.select(kept), bad, sha256, name)
+
+
+@contextmanager
+def making() -> Iterator[None]:
+    """A table is made here, quietly. Raises ConfigError for what a reader says, and where no table can be written."""
+    try:
+        with quiet():
+            yield
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error  # it wraps what was raised
+        if isinstance(cause, ConfigError):
+            raise cause from error
+        if isinstance(cause, OSError):
+            found = f"{_cache()} cannot hold the tables of this run: {cause.strerror or cause}"
+            raise ConfigError(f"{found}; allowed: HF_DATASETS_CACHE=FOLDER, another one") from error
+        raise
 
 
 @contextmanager

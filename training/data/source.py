@@ -108,7 +108,10 @@ def fingerprint(source: Source, base: Path) -> str:
             digest.update(json.dumps(row.data, sort_keys=True, default=str).encode() + b"\n")
     else:
         for path in _paths(source, base):
-            digest.update(bytes.fromhex(sha256_file(path)))
+            try:
+                digest.update(bytes.fromhex(sha256_file(path)))
+            except OSError as error:
+                raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 

@@ -61,6 +61,11 @@ def read_task(
     splits = {which: featurise(kind, options, text, r, tokenizer=tokenizer) for which, r in records.items()}
     for which, split in splits.items():
         if not len(split):
+            part = getattr(config, which)
+            if isinstance(part, Carve) and not split.bad.messages:
+                raise ConfigError(
+                    f"tasks.{name}.{which}: {part.shown}, takes no record; allowed: a larger share, more data"
+                )
             first = f"; the first: {split.bad.messages[0]}" if split.bad.messages else ""
             raise ConfigError(f"tasks.{name}.{which} has no usable record ({len(split.bad.messages)} bad ones{first})")
     return TaskData(kind, options, **splits)

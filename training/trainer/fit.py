@@ -49,7 +49,7 @@ class Trained:
     """What a training has cost, and its log: rows with the tasks' losses, shares and counts (see `Ledger.row`) every
     `logging_steps` steps, and one of each evaluation.
 
-    seconds    of the optimisation, with evaluations in between
+    seconds    of the optimisation, with evaluations in between; of a resumed run since it was resumed
     tokens     real ones that went through the trunk
     ended      why it stopped: `finished`, `no improvement` or `out of time`
     best_step  whose weights the model has; None where they are the last ones

@@ -17,7 +17,8 @@ example: python -m training run.yaml output=runs/second training.epochs=5 tasks.
 
 Train every task of a run file, or of a recipe, on one trunk and write a checkpoint. The keys of a run file are:
 {keys}.
-Data paths are relative to the run file, those of a recipe to the working directory. Exit code 2 stands for a wrong run file, data, trunk or output."""
+Data paths are relative to the run file, those of a recipe to the working directory. Exit code 2 stands for a wrong run
+file, data, trunk or output."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

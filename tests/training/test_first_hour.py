@@ -32,7 +32,7 @@ def test_a_run_with_states_may_write_into_the_working_directory(
     path = run_file({"topic": "classification"})
     monkeypatch.chdir(tmp_path / "here")
     run(path, "output=.", "training.save_steps=1")
-    assert list(Checkpoint.open(tmp_path / "here").manifest.tasks) == ["topic"]
+    assert [task.name for task in Checkpoint.open(tmp_path / "here").manifest.tasks] == ["topic"]
     assert not (tmp_path / "here.training").exists()
 
 
@@ -78,7 +78,7 @@ def test_data_named_for_a_recipe_is_looked_for_in_the_working_directory(
     source = "{path: mine.jsonl, format: jsonl}"
     mine = [f"tasks.entities.{which}={source}" for which in ("train", "eval")]
     trunk = f"trunk={trunk_folder('bert')}"
-    given = ["arabic_ner", trunk, *mine, "tasks.entities.options.max_length=64", "--plan"]
+    given = ["arabic_ner", trunk, *mine, "tasks.entities.options={max_length: 64}", "--plan"]
     assert main(given) == 0, capsys.readouterr().err
     assert "entities" in capsys.readouterr().out
 

@@ -107,6 +107,11 @@ class Training(Section):
     report_to: tuple[str, ...] = ()
     arguments: dict[str, Any] = Field(default={}, description="Further TrainingArguments.")
 
+    @field_validator("freeze", "report_to", mode="before")
+    @classmethod
+    def _one_or_several(cls, names: Any) -> Any:
+        return [names] if isinstance(names, str) else names
+
     @field_validator("arguments")
     @classmethod
     def _supported(cls, arguments: dict[str, Any]) -> dict[str, Any]:

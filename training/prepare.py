@@ -39,6 +39,9 @@ def prepare(config: RunConfig, *, base: Path) -> Prepared:
     """Trunk, data and fresh heads of a run. Raises SetupError."""
     torch.manual_seed(config.seed)  # a trunk's folder may lack a pooler, which is then made
     trunk = open_trunk(config.trunk, base, name=config.trunk_name, preparation=config.steps)
+    if config.preparations and config.steps is config.preparation:
+        found = f"no preparation is named for {config.trunk}; named: {', '.join(config.preparations)}"
+        _say(f"{found}. Its texts are prepared by {', '.join(config.preparation) or 'no step'}")
     data = _read(config, trunk, base if config.data_dir is None else Path(config.data_dir))
     smoothing, runs = config.training.label_smoothing, {}
     if smoothing and not any("label_smoothing" in of.kind.loss_terms for of in data.values()):

@@ -47,7 +47,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds no mapping; a run file has the keys {', '.join(RunConfig.model_fields)}")
     changes = [_change(override) for override in overrides]
-    raw = _formed({**raw, **{key: value for key, value in changes if key in _OF_FORM}}, path)
+    asked = {key: value for key, value in changes if key in _OF_FORM}
+    raw = _formed({**raw, **asked}, path, asked="form" in asked)
     for key, value in changes:
         if key != "form":
             _put(raw, key, value)
@@ -57,8 +58,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: {_first(error)}") from error
 
 
-def _formed(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The common part of a run file with the chosen form laid over it."""
+def _formed(raw: dict[str, Any], path: Path, *, asked: bool) -> dict[str, Any]:
+    """The common part of a run file with the chosen form laid over it; `asked`: on the command line."""
     forms, chosen = raw.pop("forms", None), raw.pop("form", None)
     if forms is None:
         if chosen is not None:
@@ -66,7 +67,7 @@ def _formed(raw: dict[str, Any], path: Path) -> dict[str, Any]:
         return raw
     if not isinstance(forms, dict) or not all(isinstance(form, dict) for form in forms.values()):
         raise ConfigError(f"{path}: forms must be a mapping of mappings")
-    if raw.get("data_dir") is not None and "data_dir" in forms:
+    if raw.get("data_dir") is not None and "data_dir" in forms and not asked:
         chosen = "data_dir"
     if chosen not in forms:
         raise ConfigError(f"{path}: form {chosen!r} is not there; allowed: {', '.join(forms)}")

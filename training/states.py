@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mtserve.errors import ConfigError
 from training.config import RunConfig
@@ -29,7 +30,7 @@ def claim(states: Path, config: RunConfig, data: Mapping[str, TaskData], *, proc
     path, state = states / "run.json", newest(states)
     if config.resume and state is None:
         raise ConfigError(f"resume: {states} holds no state to go on from; allowed: resume: false")
-    if config.resume and (not path.is_file() or json.loads(path.read_text(encoding="utf-8")).get("run") != mark):
+    if config.resume and _json(path) != {"run": mark}:
         raise ConfigError(f"{states} holds states of another run; allowed: the config, data and processes of it")
     if not config.resume and state is not None:
         raise ConfigError(f"{states} holds states of a run that did not end; allowed: resume: true, or remove it")
@@ -39,15 +40,18 @@ def claim(states: Path, config: RunConfig, data: Mapping[str, TaskData], *, proc
 
 def newest(states: Path) -> Path | None:
     """The last state that was written whole: a process that is killed may leave half of one."""
-    steps = sorted((int(path.name.rpartition("-")[2]), path) for path in states.glob("checkpoint-[0-9]*"))
-    return next((path for _, path in reversed(steps) if _whole(path)), None)
+    named = ((path.name.removeprefix("checkpoint-"), path) for path in states.glob("checkpoint-*"))
+    steps = sorted((int(step), path) for step, path in named if step.isdecimal())
+    last = "trainer_state.json"  # the file that the Trainer writes last
+    return next((path for _, path in reversed(steps) if _json(path / last)), None)
 
 
-def _whole(state: Path) -> bool:
-    try:  # the file that the Trainer writes last
-        return bool(json.loads((state / "trainer_state.json").read_text(encoding="utf-8")))
+def _json(path: Path) -> Any:
+    """What a JSON file holds; None where it is missing or was not written whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
+        return None
 
 
 def clear(states: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -15,7 +16,9 @@ from mtserve.errors import ConfigError, ResolveError
 from tests.training.conftest import Run, rows, write_jsonl
 from training.__main__ import main
 from training.compare import compare
-from training.run import Result, train
+from training.data import records
+from training.finish import Result
+from training.run import train
 from training.runfile import read_config
 
 _SHORT = ("training.max_steps=1", "resamples=0")
@@ -124,3 +127,29 @@ def test_a_part_that_takes_no_record_says_so(run_file: Run, tmp_path: Path) -> N
 def test_wrong_class_weights_name_their_task(run_file: Run) -> None:
     with pytest.raises(ConfigError, match=r"^tasks.match.class_weights: the loss of similarity"):
         run(run_file({"topic": "classification", "match": "similarity"}), "tasks.match.class_weights=balanced")
+
+
+def test_files_of_others_beside_states_and_a_damaged_mark_are_no_tracebacks(run_file: Run, tmp_path: Path) -> None:
+    path, states = run_file({"topic": "classification"}), tmp_path / "out.training"
+    (states / "checkpoint-9 (copy)").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="no state to go on from"):
+        run(path, "resume=true")
+    (states / "checkpoint-9").mkdir()
+    (states / "checkpoint-9" / "trainer_state.json").write_text('{"global_step": 9}', encoding="utf-8")
+    (states / "run.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match="states of another run"):
+        run(path, "resume=true")
+
+
+def test_tables_of_another_stemmer_are_not_taken_for_those_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for version in ("1", "2"):
+
+        def one(name: str, version: str = version) -> list[SimpleNamespace]:
+            return [SimpleNamespace(version=version if name == "snowballstemmer" else "0")]
+
+        monkeypatch.setattr(records, "distributions", one)
+        records._code.cache_clear()
+        found[version] = records.mark("records")
+    records._code.cache_clear()
+    assert found["1"] != found["2"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mtserve.errors import ConfigError
 from tests.training.conftest import Run
+from training.prepare import prepare
 from training.runfile import read_config
 
 
@@ -83,3 +85,38 @@ def test_run_file_faults(tmp_path: Path) -> None:
     path.write_text("output: x\n")
     with pytest.raises(ConfigError, match="trunk: field required"):
         read_config(path)
+
+
+def test_forms_are_laid_over_the_file_and_overrides_over_both(run_file: Run) -> None:
+    path = run_file({"topic": "classification"})
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    forms = {"hub": {"seed": 5, "training": {"epochs": 7}}, "data_dir": {"seed": 6}}
+    path.write_text(yaml.safe_dump({**raw, "form": "hub", "forms": forms}), encoding="utf-8")
+    assert (read_config(path).seed, read_config(path).training.epochs, read_config(path).training.batch_size) == (
+        5,
+        7,
+        4,
+    )
+    assert read_config(path, ["data_dir=x"]).seed == 6
+    assert read_config(path, ["data_dir=x", "form=hub", "training.epochs=2"]).training.epochs == 2
+    assert read_config(path, ["data_dir=x", "form=hub"]).seed == 5
+    assert read_config(path, ["data_dir=x", "seed=9"]).seed == 9
+    with pytest.raises(ConfigError, match="form 'hob' is not there; allowed: data_dir, hub"):
+        read_config(path, ["data_dir=x", "form=hob"])
+
+
+def test_one_name_stands_for_a_list_of_one(run_file: Run) -> None:
+    path = run_file({"topic": "classification"})
+    config = read_config(path, ["training.freeze=trunk", "training.report_to=tensorboard", "preparation=tatweel"])
+    assert (config.training.freeze, config.training.report_to) == (("trunk",), ("tensorboard",))
+    assert config.preparation == ("tatweel",)
+
+
+def test_a_trunk_without_a_named_preparation_is_said(run_file: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run_file({"topic": "classification"})
+    prepare(read_config(path, ["preparations={some-other: [arabert]}"]), base=path.parent)
+    said = capsys.readouterr().err
+    assert "no preparation is named for" in said
+    assert "named: some-other. Its texts are prepared by no step" in said
+    prepare(read_config(path, ["preparations={tiny-bert: [tatweel]}"]), base=path.parent)
+    assert "no preparation is named" not in capsys.readouterr().err

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import distributions
 from itertools import islice
 from pathlib import Path
 from types import UnionType
@@ -33,6 +34,7 @@ from training.readers import BadRecord, Record
 
 Policy = Literal["stop", "skip"]
 NOTES = {**dict.fromkeys(("_where", "_error", "_group"), Value("string")), "_repairs": List(Value("string"))}
+_LIBRARIES = ("datasets", "tokenizers", "snowballstemmer", "farasapy")
 _CODE = (
     (mtserve, ("text.py", "rows.py", "preparation*", "tasks")),
     (training, ("readers", "data", "pretraining.py")),
@@ -209,7 +211,7 @@ def mark(*parts: Any) -> str:
 @cache
 def _code() -> str:
     """sha256 over the code that makes rows: an older version's tables must not be taken for this one's."""
-    digest = hashlib.sha256(datasets.__version__.encode())
+    digest = hashlib.sha256(json.dumps([d.version for n in _LIBRARIES for d in distributions(name=n)]).encode())
     for package, names in _CODE:
         home = Path(package.__file__ or "").parent
         for path in sorted(path for name in names for path in home.glob(name)):

@@ -193,7 +193,7 @@ def test_what_is_not_resumed(run_file: Run, monkeypatch: pytest.MonkeyPatch) -> 
         run(path, *settings, "resume=true")
     mark.write_text(held, encoding="utf-8")
     assert states(path) == left
-    run(path, *settings, "resume=true")
+    run(path, *settings, "resume=true", "training.max_seconds=900")  # a budget is each session's own
     assert not states(path)
 
 

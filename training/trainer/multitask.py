@@ -146,6 +146,11 @@ class MultitaskTrainer(ReportingTrainer):
         return share
 
     @override
+    def rows_of(self, inputs: Any) -> int:
+        rows: int = inputs["examples"]
+        return rows
+
+    @override
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

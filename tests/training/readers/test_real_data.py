@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GPT2Config
 
+from mtserve.text import Text, TextSpec
 from tests.shared_data import DATA, needs_data
 from tests.training.readers.helpers import both, good
+from training.trunk import tokenizer_json
 
 pytestmark = needs_data
 HOTELS = {"path": "arabic/absa_hotels/AR_Hotels_Train_SB1.xml", "format": "absa"}
@@ -79,3 +84,13 @@ def test_anercorp(split: str, sentences: int, repairs: dict[str, int]) -> None:
     assert len(strict) + len(refused) == sentences
     stray = [(bad.where, bad.message) for bad in refused if bad.message.startswith("stray")]
     assert [where for where, _ in stray] == (["dev_data.txt:18122"] if split == "dev" else [])
+
+
+def test_the_vocabulary_of_gpt2_makes_a_tokenizer(tmp_path: Path) -> None:
+    """Older tokenizer files, without a tokenizer.json; AraBERT's are in test_arabic.py."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(DATA / "tokenizers" / "gpt2" / name, tmp_path / name)
+    GPT2Config(n_layer=1).save_pretrained(tmp_path)
+    made = Text(tokenizer_json(tmp_path), TextSpec())
+    assert made.vocab_size == 50_257
+    assert made.decode(made.plain("Wherefore art thou Romeo?")) == "Wherefore art thou Romeo?"

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from pathlib import Path
 
+from mtserve.checkpoint import Checkpoint
 from mtserve.errors import ConfigError
+from mtserve.manifest import MANIFEST
+from mtserve.tasks.measures import Metrics
 from training.config import RunConfig
-from training.finish import Result
+from training.data.source import Source, fingerprint
 from training.report.tables import Line, markdown
 from training.run import train
 from training.trunk import find_trunk
 
+Numbers = dict[str, dict[str, Metrics]]
+"""split -> task -> metrics"""
+
 
 def compare(config: RunConfig, trunks: list[str], *, base: Path, command: str) -> list[Line]:
     """Train on each trunk, into a folder of its own under the output; the table also becomes `comparison.md` there, and
-    the numbers `comparison.json`. A trunk whose folder already holds its checkpoint is an error, as in a single run.
+    the numbers `comparison.json`.
 
-    Raises SetupError.
+    A comparison that was broken off goes on: a folder that holds the checkpoint of this very run, by its config and its
+    data, is not trained again. Another checkpoint there is an error, as in a single run. Raises SetupError.
     """
     names = [re.sub(r"[^\w.-]+", "-", trunk.rstrip("/").rsplit("/", 1)[-1]) for trunk in trunks]
     if len(set(names)) != len(names):
@@ -26,28 +35,48 @@ def compare(config: RunConfig, trunks: list[str], *, base: Path, command: str) -
     for trunk in trunks:  # hours may pass before the last one's turn
         find_trunk(trunk, base)
     home = Path(config.output)
-    results: dict[str, Result] = {}
+    found: dict[str, Numbers] = {}
     for name, trunk in zip(names, trunks, strict=True):
         one = config.model_copy(update={"trunk": trunk, "trunk_name": None, "output": str(home / name)})
-        result = train(one, base=base, command=f"{command}  # this trunk: {trunk}")
-        if result is not None:
-            results[name] = result
-    if not results:
+        numbers = _reached(one, base)
+        if numbers is None:
+            result = train(one, base=base, command=f"{command}  # this trunk: {trunk}")
+            splits = {} if result is None else result.splits
+            numbers = {which: {task: scores.metrics for task, scores in of.items()} for which, of in splits.items()}
+        found[name] = numbers
+    if os.environ.get("RANK", "0") != "0":
         return []
-    lines = _table(results)
+    lines = _table(found)
     (home / "comparison.md").write_text(markdown(lines) + "\n", encoding="utf-8")
-    numbers = {n: {w: {t: s.metrics for t, s in of.items()} for w, of in r.splits.items()} for n, r in results.items()}
-    (home / "comparison.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    (home / "comparison.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return lines
 
 
-def _table(results: dict[str, Result]) -> list[Line]:
+def _reached(config: RunConfig, base: Path) -> Numbers | None:
+    """The metrics of this very run where its checkpoint is already there."""
+    folder = Path(config.output)
+    if config.overwrite or not (folder / MANIFEST).exists():
+        return None
+    made, now = Checkpoint.open(folder).manifest.provenance, config.model_dump(mode="json")
+    free = ("overwrite", "resume")
+    if any(made["config"].get(key) != now[key] for key in now if key not in free):
+        return None
+    where = config.data_home(base)
+    for name, task in config.tasks.items():
+        for which in made["data"][name]:
+            source = getattr(task, which)
+            if isinstance(source, Source) and fingerprint(source, where) != made["data"][name][which]["sha256"]:
+                return None
+    sys.stderr.write(f"{folder} holds the checkpoint of this run: its metrics are taken\n")
+    return {"eval": made["metrics"], **({"test": made["test"]} if made["test"] else {})}
+
+
+def _table(found: dict[str, Numbers]) -> list[Line]:
     """A column a trunk; a line for every metric of every task on every split."""
-    first = next(iter(results.values()))
-    lines: list[Line] = [("task", "split", "metric", *results)]
-    for which, of in first.splits.items():
-        for task, scores in of.items():
-            for metric in scores.metrics:
-                found = (f"{result.splits[which][task].metrics[metric]:.3f}" for result in results.values())
-                lines.append((task, which, metric, *found))
+    lines: list[Line] = [("task", "split", "metric", *found)]
+    for which, of in next(iter(found.values())).items():
+        for task, metrics in of.items():
+            for metric in metrics:
+                values = (f"{one[which][task][metric]:.3f}" for one in found.values())
+                lines += [(task, which, metric, *values)]
     return lines

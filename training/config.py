@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
@@ -190,6 +191,10 @@ class RunConfig(Section):
         """The text preparation for the trunk of this run."""
         name = self.trunk.partition("@")[0].rstrip("/").rsplit("/", 1)[-1]
         return self.preparations.get(name, self.preparation)
+
+    def data_home(self, base: Path) -> Path:
+        """What data paths are relative to; `base` is that of the run file."""
+        return base if self.data_dir is None else Path(self.data_dir)
 
     def batch_size(self, task: str) -> int:
         """Examples in a batch of one task on one device."""

@@ -42,7 +42,7 @@ def prepare(config: RunConfig, *, base: Path) -> Prepared:
     if config.preparations and config.steps is config.preparation:
         found = f"no preparation is named for {config.trunk}; named: {', '.join(config.preparations)}"
         _say(f"{found}. Its texts are prepared by {', '.join(config.preparation) or 'no step'}")
-    data = _read(config, trunk, base if config.data_dir is None else Path(config.data_dir))
+    data = _read(config, trunk, config.data_home(base))
     smoothing, runs = config.training.label_smoothing, {}
     if smoothing and not any("label_smoothing" in of.kind.loss_terms for of in data.values()):
         raise ConfigError("training.label_smoothing: no task here has a loss that can use it")

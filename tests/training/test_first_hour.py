@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,3 +154,35 @@ def test_tables_of_another_stemmer_are_not_taken_for_those_of_this_one(monkeypat
         found[version] = records.mark("records")
     records._code.cache_clear()
     assert found["1"] != found["2"]
+
+
+def test_a_comparison_goes_on_with_the_trunks_that_are_not_done(
+    run_file: Run, trunk_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run_file({"topic": "classification"})
+    config = read_config(path)
+    trunks = [str(trunk_folder("bert")), str(trunk_folder("roberta"))]
+    trained: list[str] = []
+    broken = ["tiny-roberta"]
+
+    def counted(one: Any, **where: Any) -> Any:
+        trained.append(Path(one.trunk).name)
+        if trained[-1] in broken:
+            raise KeyboardInterrupt
+        return train(one, **where)
+
+    monkeypatch.setattr("training.compare.train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(config, trunks, base=path.parent, command="")
+    broken.clear()
+    whole = compare(config, trunks, base=path.parent, command="")
+    assert trained == ["tiny-bert", "tiny-roberta", "tiny-roberta"]
+    assert whole[0] == ("task", "split", "metric", "tiny-bert", "tiny-roberta")
+    assert compare(config, trunks, base=path.parent, command="") == whole
+    assert len(trained) == 3
+    with pytest.raises(ConfigError, match="already holds a checkpoint"):
+        compare(config.model_copy(update={"seed": 5}), trunks, base=path.parent, command="")
+    data = path.parent / "topic.eval.jsonl"
+    data.write_text(data.read_text(encoding="utf-8").replace("town", "river", 1), encoding="utf-8")
+    with pytest.raises(ConfigError, match="already holds a checkpoint"):
+        compare(config, trunks, base=path.parent, command="")

@@ -4,7 +4,7 @@ weights, names, and what a stock Trainer gets wrong."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from training.stock.collation import FeatureCollator
 from training.trainer.fit import check_best
 from training.trainer.mixture import MixtureConfig
 from training.trainer.multitask import MultitaskTrainer
+from training.trainer.reporting import ReportsMetrics
 
 Row = dict[str, float]
 WEIGHTS = {"topic": 2.0, "a.b": 0.5, "c-d_e": 1.0}
@@ -452,3 +453,23 @@ def test_training_again_begins_anew_and_an_ended_state_can_be_prolonged(tmp_path
     assert ended.state.global_step == 4
     assert ended.ledger.totals == trainer.ledger.totals
     assert not all(map(torch.equal, ended.model.state_dict().values(), trainer.model.state_dict().values()))
+
+
+class Reporting(ReportsMetrics, Toy):
+    """Reports how many examples its batch has."""
+
+    def forward(self, **batch: Any) -> dict[str, torch.Tensor]:
+        self.report_metrics(size=len(batch["labels"]))
+        return super().forward(**batch)
+
+
+def test_values_reported_in_evaluation_count_by_examples_not_by_rows(tmp_path: Path) -> None:
+    """A batch of several rows an example (choices, windows) begins with a longer tensor than it has examples."""
+    plain = FeatureCollator(pad_id=0)
+
+    def collate(features: Sequence[Any]) -> dict[str, Any]:
+        return {"rows": torch.zeros(7), **plain(features)}
+
+    given = {"data_collator": collate, "eval_dataset": {"topic": items(5)}, "per_device_eval_batch_size": 3}
+    trainer = trainer_of(tmp_path, Reporting(), **given)
+    assert trainer.evaluate()["eval_topic_size"] == pytest.approx((3 * 3 + 2 * 2) / 5)

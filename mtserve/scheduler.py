@@ -7,17 +7,25 @@ Invariants (tests/test_scheduler.py holds them):
 2.  A request is accepted whole or refused whole. It is refused with OverloadedError while its tokens do not fit beside
     those that wait, and always with TooLargeError if they would not fit into an empty queue: sending it again later
     cannot help, so the answer does not depend on the load.
-3.  Works start in the order in which they were accepted, as soon as the engine is free; a step takes what fits the
-    engine's token budget, counted in distinct rows, and at least one work; a work without a new row always fits. So
-    equal rows that stand next to each other in the queue are encoded once. Works of many steps stay, and others join
-    between their steps.
-4.  The waiting works of a request that was withdrawn (cancelled, timed out, failed) never start.
-5.  When a step fails, each of its works is tried once more alone; a work that fails alone fails its own request, with
-    a MtserveError that says nothing of the inside. The thread lives on.
+3.  A round takes waiting works and steps them alone; then every running work (of many steps, those that just began
+    among them) takes one step. What a step finished is delivered, and what it has to read along is told, before the
+    next one. So a work that comes while others run waits for at most the step under way, and for its own.
+    Works start in the order in which they were accepted; a round takes what fits the engine's token budget, or
+    `interleave_tokens` while others run, counted in pending tokens of distinct rows, and at least one work; a work
+    without a new row always fits. So equal rows that stand next to each other in the queue are encoded once.
+4.  The waiting works of a request that was withdrawn (cancelled, timed out, failed) never start, its running ones take
+    no further step, and the scheduler holds neither.
+5.  When a step fails, none of its works has advanced, and each is tried once more alone; a work that fails alone fails
+    its own request, with a MtserveError that says nothing of the inside. The thread lives on.
 6.  A request that is not answered by its deadline gets DeadlineError.
 7.  After `close` nothing is accepted; what was accepted is answered if the time suffices, else fails with
     CapacityError. `close` returns within its bound.
 8.  What a step holds depends on the order of acceptance and on when the engine was free, on nothing else.
+9.  The running works have room (`tasks.base.room`) in the engine's `max_past_tokens`, and what was kept for others is
+    freed when nothing runs. Works that wait for room let those pass that need none; among those that need some, and
+    among those that need none, the order stays that of acceptance.
+10. The events of a request that is read along come in order and complete, its error after them; what reads them never
+    holds up the engine.
 
 The tokenizer runs in a pool of threads before a request is queued, and decoding after its last step, so that the event
 loop and the engine thread do neither.
@@ -27,19 +35,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
+from itertools import count
 from typing import Any, Protocol
 
 from mtserve.errors import CapacityError, DeadlineError, MtserveError, OverloadedError, TooLargeError
-from mtserve.tasks.base import Work
+from mtserve.tasks.base import Work, fits
 
 DEFAULT_QUEUE_TOKENS = 262_144
 DEFAULT_TIMEOUT_S = 60.0
+INTERLEAVE_TOKENS = 512
 logger = logging.getLogger(__name__)
 
 
@@ -47,24 +59,35 @@ class Stepper(Protocol):
     """What the scheduler asks of an engine: `step` from its own thread, the others from any."""
 
     max_batch_tokens: int
+    max_past_tokens: int
 
-    def prepare_all(self, name: str, items: Sequence[Any], parameters: Mapping[str, Any] | None = None) -> list[Work]:
-        """Raw items as works."""
+    def prepare_all(
+        self, name: str, items: Sequence[Any], parameters: Mapping[str, Any] | None = None, *, stream: bool = False
+    ) -> list[Work]:
+        """Raw items as works, none of which reserves more than `max_past_tokens`."""
         ...
 
     def step(self, works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
-        """(finished, unfinished) after one more step of every work."""
+        """(finished, unfinished) after one more step of every work. Raises where none of them advanced."""
+        ...
+
+    def release(self) -> None:
+        """Free what is kept for works that nobody holds."""
+        ...
+
+    def emit(self, work: Work) -> list[Any]:
+        """What there is to read along since the last call, from the engine's thread; the last after the last step."""
         ...
 
     def finish(self, work: Work) -> Any:
-        """The prediction of a finished work."""
+        """The prediction of a finished work. Raises what went wrong with it."""
         ...
 
 
 class Ticket:
     """An accepted request. Times are of `time.monotonic`; `started` is None while all its works wait."""
 
-    def __init__(self, scheduler: Scheduler, works: Sequence[Work], *, deadline: float) -> None:
+    def __init__(self, scheduler: Scheduler, works: Sequence[Work], *, deadline: float, stream: bool) -> None:
         self.works = tuple(works)
         self.deadline = deadline
         self.accepted = time.monotonic()
@@ -73,6 +96,8 @@ class Ticket:
         self.over = False
         self.future: Future[list[Any]] = Future()
         self.future.set_running_or_notify_cancel()  # from here on only the scheduler settles it
+        self.loop = asyncio.get_running_loop() if stream else None  # where the request is read along
+        self._events: asyncio.Queue[list[Any] | None] = asyncio.Queue()
         self._scheduler = scheduler
 
     async def result(self) -> list[Any]:
@@ -88,8 +113,33 @@ class Ticket:
         finally:
             self.withdraw()
 
+    async def events(self) -> AsyncGenerator[Any, None]:
+        """What `engine.emit` says of the works of a request accepted with `stream`, as it comes, until it is answered.
+
+        Raises as `result` does. Closing the iterator withdraws the request.
+        """
+        try:
+            while True:
+                async with asyncio.timeout(self.deadline - time.monotonic()):
+                    events = await self._events.get()
+                if events is None:
+                    break
+                for event in events:
+                    yield event
+            self.future.result()
+        except TimeoutError as error:
+            raise _late() from error
+        finally:
+            self.withdraw()
+
+    def tell(self, events: list[Any] | None) -> None:
+        """Hand events over to whoever reads along, from any thread; None is the end."""
+        if self.loop is not None:
+            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+                self.loop.call_soon_threadsafe(self._events.put_nowait, events)
+
     def withdraw(self) -> None:
-        """Give the request up: its waiting works never start. Does nothing to one that is answered."""
+        """Give the request up: no work of it takes another step. Does nothing to one that is answered."""
         self._scheduler.withdraw(self)
 
 
@@ -102,13 +152,16 @@ class Scheduler:
         *,
         max_queue_tokens: int = DEFAULT_QUEUE_TOKENS,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        interleave_tokens: int = INTERLEAVE_TOKENS,
         pool_threads: int = 2,
     ) -> None:
         self.max_queue_tokens = max_queue_tokens
         self.timeout_s = timeout_s
+        self.interleave_tokens = interleave_tokens
         self._engine = engine
         self._changed = threading.Condition()  # guards all that follows
-        self._waiting: deque[tuple[Work, Ticket]] = deque()
+        self._number = count()
+        self._waiting: list[deque[tuple[int, Work, Ticket]]] = [deque(), deque()]  # need no room for a past; need some
         self._waiting_tokens = 0
         self._open: set[Ticket] = set()
         self._closing = False
@@ -119,29 +172,41 @@ class Scheduler:
     # the callers' side
 
     async def prepare(
-        self, task: str, items: Sequence[Any], parameters: Mapping[str, Any] | None = None, *, deadline: float
+        self,
+        task: str,
+        items: Sequence[Any],
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        deadline: float,
+        stream: bool = False,
     ) -> list[Work]:
         """`engine.prepare_all` in the pool. Raises what that raises, CapacityError or DeadlineError."""
         with self._changed:
             self._refuse(0)
-        call = partial(self._engine.prepare_all, task, items, parameters)
+        call = partial(self._engine.prepare_all, task, items, parameters, stream=stream)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 return await asyncio.get_running_loop().run_in_executor(self._pool, call)
         except TimeoutError as error:
             raise _late() from error
 
-    def accept(self, works: Sequence[Work], *, deadline: float | None = None) -> Ticket:
-        """Queue a request. Raises OverloadedError, TooLargeError, or CapacityError when closing; nothing runs then."""
-        ticket = Ticket(self, works, deadline=time.monotonic() + self.timeout_s if deadline is None else deadline)
+    def accept(self, works: Sequence[Work], *, deadline: float | None = None, stream: bool = False) -> Ticket:
+        """Queue a request; one to be read along by `Ticket.events` is queued from the event loop that will read.
+
+        Raises OverloadedError, TooLargeError, or CapacityError when closing; nothing runs then.
+        """
+        deadline = time.monotonic() + self.timeout_s if deadline is None else deadline
+        ticket = Ticket(self, works, deadline=deadline, stream=stream)
         tokens = sum(work.tokens for work in ticket.works)
         with self._changed:
             self._refuse(tokens)
             if not ticket.works:
                 ticket.future.set_result([])
+                ticket.tell(None)
                 return ticket
             self._open.add(ticket)
-            self._waiting.extend((work, ticket) for work in ticket.works)
+            for work in ticket.works:
+                self._waiting[work.reserved > 0].append((next(self._number), work, ticket))
             self._waiting_tokens += tokens
             self._changed.notify()
         return ticket
@@ -151,7 +216,7 @@ class Scheduler:
         return await self.accept(works, deadline=deadline).result()
 
     def withdraw(self, ticket: Ticket) -> None:
-        """Drop what still waits of a request; an unsettled one fails."""
+        """Drop what is left of a request; an unsettled one fails."""
         with self._changed:
             self._settle(ticket, error=CapacityError("the request was withdrawn"))
 
@@ -186,70 +251,82 @@ class Scheduler:
         ticket.over = True
         self._open.discard(ticket)
         if ticket.waiting:
-            self._waiting = deque(pair for pair in self._waiting if pair[1] is not ticket)
-            self._waiting_tokens = sum(work.tokens for work, _ in self._waiting)
+            self._waiting = [deque(entry for entry in queue if entry[2] is not ticket) for queue in self._waiting]
+            self._waiting_tokens = sum(work.tokens for queue in self._waiting for _, work, _ in queue)
         if error is not None:
             ticket.future.set_exception(error)
         else:
             ticket.future.set_result(result or [])
+        ticket.tell(None)
 
     # the engine thread's side
 
     def _serve(self) -> None:
         running: dict[Work, Ticket] = {}
-        while True:
-            with self._changed:
-                running = {work: ticket for work, ticket in running.items() if not ticket.over}
-                while not (running or self._waiting or self._closing):
-                    self._changed.wait()
-                self._take(running)
-                if not running:
-                    return  # closing, and nothing is left
+        while self._busy(running):
+            running |= self._step(self._take(running))
             running = self._step(running)
 
-    def _take(self, running: dict[Work, Ticket]) -> None:
-        """Move waiting works to the running ones while the distinct rows of all fit the budget."""
-        seen = {row.key: len(row) for work in running for row in work.rows}
-        tokens = sum(seen.values())
-        while self._waiting:
-            work, ticket = self._waiting[0]
-            new = {row.key: len(row) for row in work.rows if row.key not in seen}
-            if running and new and tokens + sum(new.values()) > self._engine.max_batch_tokens:
-                return
-            self._waiting.popleft()
-            ticket.waiting -= 1
-            self._waiting_tokens -= work.tokens
-            seen.update(new)
-            tokens += sum(new.values())
-            running[work] = ticket
-            if ticket.started is None:
-                ticket.started = time.monotonic()
+    def _busy(self, running: Mapping[Work, Ticket]) -> bool:
+        """Wait for something to do; False when closing, and nothing is left."""
+        with self._changed:
+            if not (running or any(self._waiting)):
+                self._engine.release()
+            while not (running or any(self._waiting) or self._closing):
+                self._changed.wait()
+            return bool(running or any(self._waiting))
 
-    def _step(self, running: dict[Work, Ticket]) -> dict[Work, Ticket]:
-        """One step of all running works; those that are to go on."""
-        before = [(work, work.rows, len(work.generated)) for work in running]
+    def _take(self, running: dict[Work, Ticket]) -> dict[Work, Ticket]:
+        """Waiting works that start now, beside the running ones."""
+        with self._changed:
+            budget = min(self._engine.max_batch_tokens, self.interleave_tokens if running else sys.maxsize)
+            taken: dict[Work, Ticket] = {}
+            seen: set[Any] = set()
+
+            def may_start(work: Work) -> bool:
+                return fits(work, (*running, *taken), most=self._engine.max_past_tokens)
+
+            while queues := [queue for queue in self._waiting if queue and may_start(queue[0][1])]:
+                queue = min(queues, key=lambda queue: queue[0][0])
+                _, work, ticket = queue[0]
+                new = {row.key: row.pending for row in work.rows if row.key not in seen}
+                budget -= sum(new.values())
+                if taken and new and budget < 0:
+                    break
+                queue.popleft()
+                taken[work] = ticket
+                seen.update(new)
+                ticket.waiting -= 1
+                self._waiting_tokens -= work.tokens
+                ticket.started = ticket.started or time.monotonic()
+            return taken
+
+    def _step(self, works: dict[Work, Ticket]) -> dict[Work, Ticket]:
+        """One step of works whose requests are not over; those that are to go on."""
+        _drop(works)
+        if not works:
+            return {}
         try:
-            finished, unfinished = self._engine.step(list(running))
+            finished, unfinished = self._engine.step(list(works))
         except Exception:  # whatever a backend raises, the thread must live on
-            logger.exception("a step of %d works failed", len(running))
-            finished, unfinished = self._alone(before, running)
+            logger.exception("a step of %d works failed", len(works))
+            finished, unfinished = self._alone(works)
+        for work in (*finished, *unfinished):
+            self._tell(work, works[work])
         for work in finished:
-            self._finished(running[work])
-        return {work: running[work] for work in unfinished}
+            self._finished(works[work])
+        going_on = {work: works[work] for work in unfinished}
+        _drop(works)
+        return going_on
 
-    def _alone(
-        self, before: Sequence[tuple[Work, Any, int]], running: Mapping[Work, Ticket]
-    ) -> tuple[list[Work], list[Work]]:
-        """Repeat a failed step work by work, from where each stood before it; a work that was alone has had its try."""
+    def _alone(self, works: Mapping[Work, Ticket]) -> tuple[list[Work], list[Work]]:
+        """Repeat a failed step work by work; a work that was alone has had its try."""
         finished: list[Work] = []
         unfinished: list[Work] = []
-        for work, rows, generated in before:
-            ticket = running[work]
-            if len(before) == 1:
+        for work, ticket in works.items():
+            if len(works) == 1:
                 self._fail(ticket)
             elif not ticket.over:
-                work.rows = rows
-                del work.generated[generated:]
                 try:
                     done, more = self._engine.step([work])
                 except Exception:  # as in `_step`
@@ -259,6 +336,15 @@ class Scheduler:
                     finished += done
                     unfinished += more
         return finished, unfinished
+
+    def _tell(self, work: Work, ticket: Ticket) -> None:
+        """Tell whoever reads along what a step brought."""
+        if ticket.loop is not None:
+            try:
+                ticket.tell(self._engine.emit(work))
+            except Exception:  # as in `_step`
+                logger.exception("task %r has events that cannot be told", work.task)
+                self._fail(ticket)
 
     def _fail(self, ticket: Ticket) -> None:
         with self._changed:
@@ -278,6 +364,13 @@ class Scheduler:
         error = decoded.exception()
         with self._changed:
             self._settle(ticket, error=error, result=None if error else decoded.result())
+
+
+def _drop(works: dict[Work, Ticket]) -> None:
+    """Forget works whose requests are over. What a backend keeps for them is freed, whoever still holds the works."""
+    for work in [work for work, ticket in works.items() if ticket.over]:
+        del works[work]
+        work.rows = []
 
 
 def _late() -> DeadlineError:

@@ -17,9 +17,14 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="MTSERVE_", frozen=True, extra="ignore")
 
     model: Annotated[tuple[str, ...], NoDecode] = Field(
-        default=(), description="Checkpoints to serve: folders or hub ids, separated by commas, or a JSON list."
+        default=(),
+        description="Checkpoints to serve: folders or hub ids, separated by commas, or a JSON list; PREFIX=LOCATION "
+        "puts PREFIX. before its tasks' names.",
     )
     max_batch_tokens: int = Field(default=4096, ge=1, description="Most tokens of one trunk pass, padding included.")
+    max_past_tokens: int = Field(
+        default=32_768, ge=1, description="Most tokens, prompts included, that running generations may keep; more wait."
+    )
     max_queue_tokens: int = Field(default=262_144, ge=1, description="Most tokens that wait for a trunk; then 429.")
     max_inputs: int = Field(default=1024, ge=1, description="Most inputs of one request.")
     max_body_bytes: int = Field(default=8 * 2**20, ge=1, description="Largest request body; then 413.")

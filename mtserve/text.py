@@ -41,13 +41,14 @@ class TextSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a row may be, special tokens included, what happens to longer texts, what windows share, and how the
-    text is prepared (None: by the checkpoint's own steps)."""
+    """How long a row may be, special tokens included, what happens to longer texts, what windows share, how the text
+    is prepared (None: by the checkpoint's own steps), and what stands at the end of every row, after the template."""
 
     max_length: int
     on_long: OnLong = "truncate"
     stride: int = 0
     preparation: tuple[str, ...] | None = None
+    append: str = ""
 
 
 @dataclass(frozen=True)
@@ -130,35 +131,48 @@ class Text:
         """
         first = self._encode(text, limits.preparation)
         second = None if pair is None else self._encode(pair, limits.preparation, before=self.spec.pair_separator or "")
-        added = self.special_tokens(pair=second is not None)
+        end = self.literal(limits.append)
+        added = self.special_tokens(pair=second is not None) + len(end)
         budget = limits.max_length - added
         total = len(first) + (0 if second is None else len(second))
         if total + added == 0:
             raise InputError("the text is empty, and this model's tokenizer makes no tokens of it")
         if total <= budget:
-            return [self._row(first, second, part=part)]
+            return [_ended(self._row(first, second, part=part), end)]
         if limits.on_long == "error":
             raise InputError(f"the text has {total} tokens; this task allows {budget} (max_length {limits.max_length})")
         if limits.on_long == "window":
-            return self._windows(first, second, budget, stride=limits.stride, cut_first=cut_first, part=part)
+            rows = self._windows(first, second, budget, stride=limits.stride, cut_first=cut_first, part=part)
+            return [_ended(row, end) for row in rows]
         sizes = _fit(len(first), None if second is None else len(second), budget, cut_first=cut_first)
         first.tokens.truncate(sizes[0])
         if second is not None:
             second.tokens.truncate(sizes[1])
-        return [self._row(first, second, part=part, cut=total - sum(sizes))]
+        return [_ended(self._row(first, second, part=part, cut=total - sum(sizes)), end)]
 
     def prompt(
-        self, before: str, text: str, after: str, *, max_length: int, preparation: Sequence[str] | None = None
+        self,
+        before: str,
+        text: str,
+        after: str,
+        *,
+        max_length: int,
+        reserved: int = 0,
+        preparation: Sequence[str] | None = None,
     ) -> Row:
         """A row of literal `before`, the caller's text, prepared, and literal `after`, with no template around it.
 
-        Special tokens are recognised in the literal parts only. The caller's text is cut at its right end to keep
-        the row within `max_length`, the literals never. Raises InputError if the literals alone are too long.
+        Special tokens are recognised in the literal parts only. The caller's text is cut at its right end so that the
+        row, with `reserved` tokens of an answer behind it, stays within `max_length`; the literals never are. Raises
+        InputError if there is no room for a token of the text.
         """
         head, tail, encoded = self.literal(before), self.literal(after), self._encode(text, preparation)
-        body, budget = encoded.tokens, max_length - len(head) - len(tail)
+        taken, body = len(head) + len(tail) + reserved, encoded.tokens
+        budget = max_length - taken
         if budget < 1:
-            raise InputError(f"no room for the text: the template and the answer take {max_length - budget} tokens")
+            raise InputError(
+                f"no room for the text: the template and the answer take {taken} tokens; allowed: {max_length} in all"
+            )
         cut = max(0, len(body) - budget)
         body.truncate(budget)
         ids = [*head, *body.ids, *tail]
@@ -230,6 +244,15 @@ class Text:
             pair = (piece, other) if long_first or other is None else (other, piece)
             rows.append(self._row(*pair, part=part, window=window, first_token=window * (size - stride)))
         return rows
+
+
+def _ended(row: Row, end: Sequence[int]) -> Row:
+    """A row with special tokens at its end."""
+    if not end:
+        return row
+    longer = row.extended(end)
+    longer.special[len(row) :] = True
+    return replace(row, ids=longer.ids, type_ids=longer.type_ids, offsets=longer.offsets, special=longer.special)
 
 
 def _fit(first: int, second: int | None, budget: int, *, cut_first: bool) -> tuple[int, ...]:

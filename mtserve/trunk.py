@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, GgufConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from mtserve.errors import CheckpointError
+from mtserve.errors import CheckpointError, SetupError
 
 
 def hidden_size(config: PretrainedConfig) -> int:
@@ -57,25 +60,36 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_trunk(folder: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A trunk from a folder that holds a Transformers model or task model, with its pooler where the family has one.
+def gguf_file(location: Path) -> Path | None:
+    """The GGUF file that stands for a trunk: the location itself, or the only one in a folder without a config."""
+    if location.is_file():
+        return location if location.suffix == ".gguf" else None
+    found = list(location.glob("*.gguf"))
+    return found[0] if len(found) == 1 and not (location / "config.json").is_file() else None
 
-    Raises CheckpointError if the folder holds no usable config or no safetensors weights.
+
+def load_trunk(location: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A trunk from a folder that holds a Transformers model or task model, with its pooler where the family has one;
+    or from a GGUF file (see `gguf_file`), whose packed weights become dense ones.
+
+    Raises CheckpointError if there is no usable config or no safetensors weights, SetupError for a GGUF file without
+    the package that reads it.
     """
+    packed, folder, form = gguf_file(Path(location)), location, dict[str, Any](use_safetensors=True)
+    if packed is not None:
+        if find_spec("gguf") is None:
+            raise SetupError(f"{packed} is read by the gguf package, which is not installed: pip install gguf")
+        folder = str(packed.parent)
+        form = {"gguf_file": packed.name, "quantization_config": GgufConfig(dequantize=True)}
     try:
         with no_progress_bars():
             trunk, report = AutoModel.from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
+                folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True, **form
             )
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded as a trunk: {error}") from error
+    except (OSError, ValueError, KeyError, struct.error) as error:
+        raise CheckpointError(f"{location} cannot be loaded as a trunk: {error}") from error
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
     if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} trunk tensors are missing, the first is {missing[0]}")
+        raise CheckpointError(f"{location}: {len(missing)} trunk tensors are missing, the first is {missing[0]}")
     trunk.eval()
     return cast("PreTrainedModel", trunk)

@@ -17,6 +17,7 @@ from mtserve.errors import CheckpointError
 from mtserve.manifest import GoldenRow, check_kind
 from mtserve.model import Model
 from mtserve.sealing import TaskPart, TrunkPart
+from mtserve.tasks import KINDS
 from mtserve.tasks.base import Options
 from mtserve.trunk import hidden_size, is_causal, max_length, no_progress_bars
 
@@ -39,12 +40,17 @@ def load_model(checkpoint: Checkpoint) -> Model:
             first = sorted(map(str, report[fault]))[0]
             raise CheckpointError(f"{checkpoint.folder}: trunk weights do not fit their config: {fault[:-5]} {first}")
     model = Model(trunk.eval())
-    for task in manifest.tasks:
+    add_heads(model, checkpoint)
+    return model.eval()
+
+
+def add_heads(model: Model, checkpoint: Checkpoint) -> None:
+    """Put the heads of a checkpoint on a model of the same trunk. Raises CheckpointError as `load_model`."""
+    for task in checkpoint.manifest.tasks:
         own = None if task.config is None else _config(checkpoint.folder / task.config)
         model.add(task.name, task.handler.head(task.parsed_options), config=own)
         tensors = load_file(checkpoint.folder / task.weights) if task.weights else {}
         model.load_head(task.name, tensors, task.tied)
-    return model.eval()
 
 
 def _config(path: Path) -> PretrainedConfig:
@@ -87,12 +93,13 @@ def task_part(
     calibration: Sequence[Mapping[str, Any]] = (),
     metrics: Mapping[str, float] | None = None,
 ) -> TaskPart:
-    """One task of the model, ready to be sealed; tensors tied to the trunk are named, not stored."""
+    """One task of the model, ready to be sealed; tensors tied to the trunk are named, not stored, and the options say
+    which state the head reads."""
     tensors, config = model.head_tensors(name), model.head(name).config
     return TaskPart(
         name=name,
         kind=check_kind(kind),
-        options=options,
+        options=KINDS[kind].stated(options, model.head(name).reads),
         write=partial(_save, tensors) if tensors else None,
         config=None if config is None else json.loads(config.to_json_string(use_diff=True)),
         tied=model.tied(name),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ LAYERS: list[set[str]] = [
     {"backends"},
     {"engine"},
     {"golden", "scheduler"},
-    {"loading"},
+    {"loading", "interop"},
     {"inspection"},
     {"serve"},
     {"demo"},
@@ -39,8 +40,8 @@ ONLY_IN = {
     "starlette": {"serve"},
     "onnxruntime": {"backends", "export"},
     "tokenizers": {"text"},
-    "torch": {"trunk", "heads", "model", "weights", "backends", "tasks"},
-    "transformers": {"trunk", "heads", "model", "weights"},
+    "torch": {"trunk", "heads", "model", "weights", "backends", "tasks", "interop"},
+    "transformers": {"trunk", "heads", "model", "weights", "backends", "interop"},
 }
 
 
@@ -103,9 +104,17 @@ def test_heavy_packages_stay_where_they_belong(package: str) -> None:
 
 
 def test_nothing_unpickles_or_trusts_remote_code() -> None:
+    """But for the reader of weights from elsewhere, on request, by torch's loader that makes only tensors."""
     for package in ("mtserve", "training"):
         for _, path in modules(package):
             names = set(imports(path))
+            if path.relative_to(ROOT).as_posix() == "mtserve/interop/tensors.py":
+                source = path.read_text(encoding="utf-8")
+                assert {name for name in names if name.startswith("pickle")} == {"pickle.UnpicklingError"}
+                assert re.findall(r"torch\.load\(.*\)", source) == [
+                    'torch.load(path, map_location="cpu", weights_only=True, mmap=True)'
+                ]
+                continue
             assert not {n.split(".")[0] for n in names} & {"pickle", "dill", "cloudpickle", "joblib"}, path
             source = path.read_text(encoding="utf-8")
             assert "torch.load" not in source, path
@@ -134,7 +143,7 @@ def test_all_is_sorted_and_importable() -> None:
 
 def test_the_code_stays_small() -> None:
     """Budgets, raised only with a reason in docs/architecture.md; a file is about one noun."""
-    for package, budget in (("mtserve", 6200), ("training", 6100)):
+    for package, budget in (("mtserve", 9100), ("training", 6600)):
         sizes = {path: len(path.read_text(encoding="utf-8").splitlines()) for _, path in modules(package)}
         assert sum(sizes.values()) <= budget
         too_long = {str(path.relative_to(ROOT)): size for path, size in sizes.items() if size > 330}

@@ -11,7 +11,7 @@ import pytest
 
 from tests.tiny import tiny, write_checkpoint
 
-COMMANDS = ["train", "serve", "predict", "inspect", "demo"]
+COMMANDS = ["train", "serve", "predict", "inspect", "demo", "import notebook", "import models", "heads split"]
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,8 @@ def run(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]
 def test_every_command_has_help_with_an_example_first() -> None:
     listed = run("--help").stdout
     for command in COMMANDS:
-        assert command in listed
-        shown = run(command, "--help")
+        assert command.split()[0] in listed
+        shown = run(*command.split(), "--help")
         assert shown.returncode == 0
         assert shown.stdout.splitlines()[2].strip().startswith(f"mtserve {command}")
 
@@ -114,3 +114,55 @@ def test_train_passes_on_what_the_child_says(tmp_path: Path) -> None:
     done = run("train", tmp_path / "no.yaml")
     assert done.returncode == 2
     assert "no.yaml" in done.stderr
+
+
+def test_a_task_goes_out_as_a_stock_model_and_comes_back(model: Path, tmp_path: Path) -> None:
+    for task in ("topic", "score"):
+        done = run("heads", "split", model, tmp_path / task, "--task", task)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == str(tmp_path / task)
+        assert "special tokens that stand in a caller's text are read as such" in done.stderr
+    (tmp_path / "golden.jsonl").write_text('{"task": "topic", "text": "the town"}\n')
+    tasks = ["--task", f"topic={tmp_path / 'topic'}", "--task", f"score={tmp_path / 'score'}"]
+    options = ["--options", 'score={"high": 5, "max_length": 48}', "--options", 'topic={"max_length": 48}']
+    done = run("import", "models", tmp_path / "x", *tasks, *options, "--golden", tmp_path / "golden.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{tmp_path / 'x'}: topic, score"
+    answers = [run("predict", folder, "the town", "--task", "topic").stdout for folder in (model, tmp_path / "x")]
+    ours, theirs = (json.loads(answer)["topic"] for answer in answers)
+    assert [one["label"] for one in ours] == [one["label"] for one in theirs]
+    assert [one["score"] for one in ours] == pytest.approx([one["score"] for one in theirs], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["import", "models", "x", "--task", "topic"], "--task topic: allowed is NAME=VALUE, each name once"),
+        (["import", "models", "x", "--task", "a=b/", "--options", "a=3"], "'3' is not a JSON object"),
+        (["import", "notebook", "n", "x", "--task", "a=generation", "--model", "no/where/at-all"], "does not exist"),
+        (["heads", "split", "no/where/at-all", "x", "--task", "a"], "does not exist"),
+    ],
+)
+def test_mistakes_of_import_and_split_are_one_sentence(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_import_notebook(tmp_path: Path) -> None:
+    from tests.interop import notebook_model as nb
+
+    base = nb.gpt2_folder(tmp_path / "base")
+    written = nb.write(tmp_path / "notebook", nb.state(nb.shakespeare(base)[0]), form="bin")
+    tasks = ["--task", "translate=generation", "--task", "classify=classification"]
+    labels = ["--labels", "classify=modern,original,translate", "--options", 'translate={"max_new_tokens": 4}']
+    argv = ["import", "notebook", written, tmp_path / "x", "--model", base, *tasks, *labels]
+    refused = run(*argv)
+    assert refused.returncode == 2
+    assert "--allow-pickle" in refused.stderr
+    done = run(*argv, "--allow-pickle")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{tmp_path / 'x'}: translate, classify"
+    assert done.stderr == ""
+    assert len(json.loads(run("predict", tmp_path / "x", "ana", "--task", "classify").stdout)["classify"]) == 3

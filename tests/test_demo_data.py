@@ -19,7 +19,9 @@ TASKS = {
     "similarity": "similarity",
     "everyday": "multiple_choice",
     "entities": "token_classification",
+    "style": "generation",
 }
+LEAST = dict.fromkeys(TASKS, (200, 50)) | {"style": (330, 40)}
 
 
 def rows(task: str, split: str) -> list[dict[str, Any]]:
@@ -42,7 +44,7 @@ def ngrams(row: dict[str, Any], size: int) -> set[tuple[str, ...]]:
 @pytest.mark.parametrize("task", TASKS)
 def test_there_are_enough_valid_rows(task: str) -> None:
     labelled = KINDS[TASKS[task]].labelled
-    for split, least in (("train", 200), ("heldout", 50)):
+    for split, least in zip(("train", "heldout"), LEAST[task], strict=True):
         found = rows(task, split)
         assert len(found) >= least
         for row in found:
@@ -75,3 +77,13 @@ def test_names_of_held_out_rows_are_new() -> None:
     known = set(names("train"))
     heldout = names("heldout")
     assert sum(name in known for name in heldout) <= 0.25 * len(heldout)
+
+
+def test_style_pairs_are_short_and_differ_and_their_thou_is_no_you() -> None:
+    pairs = rows("style", "train") + rows("style", "heldout")
+    for row in pairs:
+        assert 4 <= len(words(row["text"])) <= 16, row
+        assert words(row["text"]) != words(row["target"]), row
+        assert not re.search(r"\b(thou (are|have|do|will|shall|can|were)|your)\b", row["target"].lower()), row
+    for field in ("text", "target"):
+        assert len({" ".join(words(row[field])) for row in pairs}) == len(pairs)

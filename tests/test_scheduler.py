@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,63 +15,94 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtserve.errors import CapacityError, DeadlineError, InputError, MtserveError, OverloadedError, TooLargeError
-from mtserve.rows import make_row
+from mtserve.rows import Past, make_row
 from mtserve.scheduler import Scheduler, Ticket
 from mtserve.tasks.base import Example, Parameters, Work
 
 
 class Job(Example):
-    """An input of the fake engine: `tokens` of content `text` (equal texts are equal rows), finished after `steps`."""
+    """An input of the fake engine: `tokens` of content `text` (equal texts are equal rows), finished after `steps`.
+
+    poison    a step with it fails
+    broken    it cannot be decoded after its last step
+    reserved  tokens that are kept for it while it runs
+    """
 
     text: int
     tokens: int = 4
     steps: int = 1
     poison: bool = False
+    broken: bool = False
+    reserved: int = 0
 
 
 class FakeEngine:
     """Answers each job with its text and the number of steps that it took; `gate` holds steps back while cleared."""
 
-    def __init__(self, *, max_batch_tokens: int = 32) -> None:
+    def __init__(self, *, max_batch_tokens: int = 32, max_past_tokens: int = 100) -> None:
         self.max_batch_tokens = max_batch_tokens
+        self.max_past_tokens = max_past_tokens
         self.batches: list[list[Work]] = []
         self.gate = threading.Event()
         self.gate.set()
         self.finished: list[Work] = []
         self.threads: set[str] = set()
+        self.releases = 0
 
-    def prepare_all(self, name: str, items: Sequence[Any], parameters: Mapping[str, Any] | None = None) -> list[Work]:
+    def prepare_all(
+        self, name: str, items: Sequence[Any], parameters: Mapping[str, Any] | None = None, *, stream: bool = False
+    ) -> list[Work]:
         self.threads.add(threading.current_thread().name)
         if any(item.tokens > 100 for item in items):
             raise InputError("too long for this task")
         return [work_of(item) for item in items]
 
+    def release(self) -> None:
+        self.releases += 1
+
     def step(self, works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
         assert self.gate.wait(10)
+        assert works
         assert len(set(works)) == len(works)
         assert threading.current_thread().name == "mtserve-engine"
+        assert all(work.rows for work in works)
         self.batches.append(list(works))
+        if any(job_of(work).poison for work in works):
+            raise ArithmeticError("secret detail of the inside")
         finished: list[Work] = []
         unfinished: list[Work] = []
-        for work in works:  # advanced one by one, so that a poison work leaves the step half done
-            job = work.example
-            assert isinstance(job, Job)
-            if job.poison:
-                raise ArithmeticError("secret detail of the inside")
-            work.generated.append(job.text)
-            assert len(work.generated) <= job.steps
-            (finished if len(work.generated) == job.steps else unfinished).append(work)
+        for work in works:
+            job = job_of(work)
+            work.state = (work.state or 0) + 1
+            assert work.state <= job.steps
+            if work.state == job.steps:
+                work.rows, work.error = [], InputError("cannot be decoded") if job.broken else None
+                finished.append(work)
+            else:
+                work.rows = [row.extended([job.text], past=Past(len(row))) for row in work.rows]
+                unfinished.append(work)
         return finished, unfinished
+
+    def emit(self, work: Work) -> list[Any]:
+        assert threading.current_thread().name == "mtserve-engine"
+        return [] if work.error else [(job_of(work).text, work.state)]
 
     def finish(self, work: Work) -> Any:
         self.finished.append(work)
-        assert isinstance(work.example, Job)
-        return work.example.text, len(work.generated)
+        if work.error:
+            raise work.error
+        return job_of(work).text, work.state
+
+
+def job_of(work: Work) -> Job:
+    assert isinstance(work.example, Job)
+    return work.example
 
 
 def work_of(job: Job) -> Work:
     ids = [job.text] * job.tokens
-    return Work("fake", job, Parameters(), [make_row(ids, [0] * len(ids), [(0, 0)] * len(ids), [0] * len(ids))])
+    row = make_row(ids, [0] * len(ids), [(0, 0)] * len(ids), [0] * len(ids))
+    return Work("fake", job, Parameters(), [row], reserved=job.reserved)
 
 
 def works_of(*jobs: Job) -> list[Work]:
@@ -90,7 +123,7 @@ def run(check: Callable[[Scheduler, FakeEngine], Awaitable[None]], engine: FakeE
         scheduler.close(timeout_s=5)
     assert not scheduler._thread.is_alive()
     assert scheduler._waiting_tokens == 0
-    assert not scheduler._waiting
+    assert not any(scheduler._waiting)
     assert not scheduler._open
     return scheduler
 
@@ -103,12 +136,14 @@ async def until(true: Callable[[], object]) -> None:
     raise AssertionError("it did not happen within two seconds")
 
 
-jobs = st.builds(Job, text=st.integers(0, 6), tokens=st.integers(1, 12), steps=st.integers(1, 4), poison=st.booleans())
-healthy = st.builds(Job, text=st.integers(0, 6), tokens=st.integers(1, 12), steps=st.integers(1, 4))
+parts: Any = {"text": st.integers(0, 6), "tokens": st.integers(1, 12), "steps": st.integers(1, 4)}
+jobs = st.builds(Job, **parts, poison=st.booleans(), broken=st.booleans())
+healthy = st.builds(Job, **parts)
+roomy = st.builds(Job, **parts, reserved=st.one_of(st.just(0), st.integers(1, 40)))
 
 
 @settings(max_examples=60)
-@given(requests=st.lists(st.lists(healthy, max_size=5), max_size=8), budget=st.sampled_from([1, 8, 30, 1000]))
+@given(requests=st.lists(st.lists(roomy, max_size=5), max_size=8), budget=st.sampled_from([1, 8, 30, 1000]))
 def test_1_every_work_is_answered_once_in_order(requests: list[list[Job]], budget: int) -> None:
     async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
         answers = await asyncio.gather(*(scheduler.submit(works_of(*request)) for request in requests))
@@ -165,10 +200,14 @@ def test_2_a_full_queue_refuses_before_tokenising() -> None:
     run(check, FakeEngine(), max_queue_tokens=10)
 
 
-@settings(max_examples=60)
-@given(first=st.lists(healthy, min_size=1, max_size=20), budget=st.sampled_from([1, 8, 30]))
-def test_3_steps_start_in_order_and_hold_what_fits(first: list[Job], budget: int) -> None:
-    """With everything queued beforehand, each step is the longest prefix of what waits that fits beside the rest."""
+@settings(max_examples=100)
+@given(
+    first=st.lists(roomy, min_size=1, max_size=20),
+    budget=st.sampled_from([1, 8, 30]),
+    beside=st.sampled_from([1, 6, 100]),
+)
+def test_3_and_9_rounds_hold_what_fits_in_order(first: list[Job], budget: int, beside: int) -> None:
+    """With everything queued beforehand, the steps are those that the rules make of it, written down once more here."""
 
     async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
         engine.gate.clear()
@@ -178,22 +217,43 @@ def test_3_steps_start_in_order_and_hold_what_fits(first: list[Job], budget: int
         engine.gate.set()
         await plug
         await asyncio.gather(*(ticket.result() for ticket in tickets))
-        waiting = [ticket.works[0] for ticket in tickets]
-        running: list[Work] = []
-        for batch in engine.batches[1:]:
-            kept = [work for work in batch if work in running]
-            new = batch[len(kept) :]
-            assert new == waiting[: len(new)]
-            waiting = waiting[len(new) :]
-            assert distinct(batch) <= max(budget, distinct(batch[:1]))
-            assert not waiting or distinct([*batch, waiting[0]]) > max(budget, distinct(batch))
-            running = batch
+        assert engine.batches[1:] == rounds([ticket.works[0] for ticket in tickets], budget=budget, beside=beside)
 
-    run(check, FakeEngine(max_batch_tokens=budget))
+    run(check, FakeEngine(max_batch_tokens=budget, max_past_tokens=50), interleave_tokens=beside)
+
+
+def rounds(waiting: list[Work], *, budget: int, beside: int) -> list[list[Work]]:
+    """The steps of works that were accepted in this order before the first round."""
+    steps: list[list[Work]] = []
+    running: dict[Work, int] = {}  # steps to go
+    while waiting or running:
+        new: list[Work] = []
+        for work in list(waiting):
+            kept = [job_of(other).reserved for other in (*running, *new, work) if job_of(other).reserved]
+            if job_of(work).reserved and (len(kept) * max(kept) > 50 or older_waits(work, waiting, new)):
+                continue  # waits for room
+            fits = distinct([*new, work]) <= (min(budget, beside) if running else budget)
+            if new and not fits and distinct([*new, work]) > distinct(new):
+                break
+            new.append(work)
+        waiting = [work for work in waiting if work not in new]
+        running |= {work: job_of(work).steps for work in new}
+        for step in (new, [work for work in running if running[work] > 1 or work not in new]):
+            steps += [step] if step else []
+            for work in step:
+                running[work] -= 1
+        running = {work: left for work, left in running.items() if left}
+    return steps
+
+
+def older_waits(work: Work, waiting: list[Work], new: list[Work]) -> bool:
+    """Whether a work that came before waits for room."""
+    before = waiting[: waiting.index(work)]
+    return any(job_of(other).reserved and other not in new for other in before)
 
 
 def distinct(works: Sequence[Work]) -> int:
-    return sum(len(row) for row in {row.key: row for work in works for row in work.rows}.values())
+    return sum(len(row) for row in {row.key: row for work in works for row in work.prompt}.values())
 
 
 def test_3_equal_rows_share_a_step_whatever_the_budget() -> None:
@@ -209,12 +269,79 @@ def test_3_new_works_join_between_the_steps_of_others() -> None:
         engine.gate.clear()
         long = asyncio.ensure_future(scheduler.submit(works_of(Job(text=1, steps=200))))
         await until(lambda: scheduler._open and scheduler._waiting_tokens == 0)
-        short = asyncio.ensure_future(scheduler.submit(works_of(Job(text=2))))
+        short = asyncio.ensure_future(scheduler.submit(works_of(Job(text=2), Job(text=3, steps=2))))
         await until(lambda: scheduler._waiting_tokens)
         engine.gate.set()
-        assert await short == [(2, 1)]
+        assert await short == [(2, 1), (3, 2)]
         assert await long == [(1, 200)]
-        assert [len(batch) for batch in engine.batches[:3]] == [1, 2, 1]
+        texts = [[job_of(work).text for work in batch] for batch in engine.batches[:6]]
+        assert texts == [[1], [1], [2, 3], [1, 3], [1], [1]]  # the second [1] was under way in the same round
+
+    run(check, FakeEngine())
+
+
+def test_3_a_classification_waits_for_the_decode_step_under_way_and_no_other() -> None:
+    async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
+        one_step = threading.Semaphore(0)
+        step = engine.step
+
+        def slow(works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
+            assert one_step.acquire(timeout=10)
+            return step(works)
+
+        engine.step = slow  # type: ignore[method-assign]
+        generations = [scheduler.accept(works_of(Job(text=at, steps=10**6, reserved=10))) for at in range(8)]
+        for steps in range(2, 6):
+            one_step.release()
+            await until(lambda steps=steps: len(engine.batches) == steps - 1)  # type: ignore[misc]
+            await asyncio.sleep(0.01)  # the next step, of eight generations, is under way now
+        classification = asyncio.ensure_future(scheduler.submit(works_of(Job(text=50))))
+        await until(lambda: scheduler._waiting_tokens)
+        before = len(engine.batches)
+        one_step.release()  # of the step under way
+        await until(lambda: len(engine.batches) == before + 1)
+        assert not classification.done()
+        one_step.release()  # its own
+        assert await classification == [(50, 1)]
+        assert [len(batch) for batch in engine.batches[before:]] == [8, 1]
+        for ticket in generations:
+            ticket.withdraw()
+        one_step.release(2)
+
+    run(check, FakeEngine())
+
+
+def test_3_a_flood_of_others_leaves_a_generation_its_steps() -> None:
+    """Beside a running work a round takes no more than `interleave_tokens`, else all that the engine's budget holds."""
+
+    async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
+        engine.gate.clear()
+        generation = scheduler.accept(works_of(Job(text=99, steps=12, reserved=20)))
+        await until(lambda: scheduler._waiting_tokens == 0)
+        flood = [scheduler.accept(works_of(Job(text=at, tokens=8))) for at in range(40)]
+        engine.gate.set()
+        await asyncio.gather(*(ticket.result() for ticket in [generation, *flood]))
+        sizes = [len(batch) for batch in engine.batches]
+        assert sizes == [1, 1] + [2, 1] * 10 + [20]
+
+    run(check, FakeEngine(max_batch_tokens=1000), interleave_tokens=16)
+
+
+def test_9_works_that_need_no_room_pass_by_those_that_wait_for_it() -> None:
+    async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
+        engine.gate.clear()
+        first = scheduler.accept(works_of(Job(text=1, steps=50, reserved=20)))
+        await until(lambda: scheduler._waiting_tokens == 0)
+        second = scheduler.accept(works_of(Job(text=2, steps=3, reserved=60)))  # no room before the first one's end
+        third = scheduler.accept(works_of(Job(text=3, steps=3, reserved=10)))  # would fit, but it came later
+        plain = scheduler.accept(works_of(Job(text=4)))
+        engine.gate.set()
+        assert await plain.result() == [(4, 1)]
+        await asyncio.gather(first.result(), second.result(), third.result())
+        assert plain.started < second.started < third.started  # type: ignore[operator]
+        together = [{job_of(work).text for work in batch} for batch in engine.batches]
+        assert all(not {1, 2} <= texts and not {2, 3} <= texts for texts in together)
+        assert engine.releases
 
     run(check, FakeEngine())
 
@@ -260,6 +387,53 @@ def test_4_running_works_of_a_cancelled_request_stop_between_steps() -> None:
     run(check, FakeEngine())
 
 
+def test_4_a_work_that_is_withdrawn_during_the_step_of_others_takes_none_after_it() -> None:
+    async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
+        step, held = engine.step, threading.Event()
+
+        def slow(works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
+            assert job_of(works[0]).text == 1 or held.wait(10)
+            return step(works)
+
+        engine.step = slow  # type: ignore[method-assign]
+        long = scheduler.accept(works_of(Job(text=1, steps=10**9)))
+        await until(lambda: len(engine.batches) > 3)
+        new = scheduler.accept(works_of(Job(text=2)))
+        await until(lambda: scheduler._waiting_tokens == 0)
+        count = len(engine.batches)
+        long.withdraw()
+        held.set()
+        assert await new.result() == [(2, 1)]
+        await until(lambda: not long.works[0].rows)
+        assert [[job_of(work).text for work in batch] for batch in engine.batches[count:]] == [[2]]
+
+    run(check, FakeEngine())
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_4_what_was_kept_for_a_withdrawn_work_is_free_at_once(beside: bool) -> None:
+    """Without a garbage collection, be the engine idle or busy, and although the caller still holds the work."""
+
+    async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
+        other = scheduler.accept(works_of(Job(text=1, steps=10**9))) if beside else None
+        held = [scheduler.accept(works_of(Job(text=2, steps=10**9, reserved=100)))]
+        await until(lambda: held[0].works[0].rows[0].past)
+        gone = weakref.ref(held[0].works[0])
+        held[0].withdraw()
+        await until(lambda: not held[0].works[0].rows)
+        held.clear()
+        await until(lambda: gone() is None or engine.batches.clear())
+        assert await scheduler.submit(works_of(Job(text=3, reserved=100))) == [(3, 1)]  # its room is free too
+        if other is not None:
+            other.withdraw()
+
+    gc.disable()
+    try:
+        run(check, FakeEngine())
+    finally:
+        gc.enable()
+
+
 @settings(max_examples=60)
 @given(requests=st.lists(st.lists(jobs, min_size=1, max_size=4), min_size=1, max_size=6))
 def test_5_a_poison_work_fails_its_own_request_only(requests: list[list[Job]]) -> None:
@@ -269,6 +443,8 @@ def test_5_a_poison_work_fails_its_own_request_only(requests: list[list[Job]]) -
             if any(job.poison for job in request):
                 assert type(answer) is MtserveError
                 assert "secret" not in str(answer)
+            elif any(job.broken for job in request):
+                assert isinstance(answer, InputError)
             else:
                 assert answer == [(job.text, job.steps) for job in request]
         assert await scheduler.submit(works_of(Job(text=3))) == [(3, 1)]
@@ -276,10 +452,20 @@ def test_5_a_poison_work_fails_its_own_request_only(requests: list[list[Job]]) -
     run(check, FakeEngine(max_batch_tokens=1000))
 
 
+def test_5_what_was_kept_for_a_request_that_failed_is_free() -> None:
+    async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
+        ticket = scheduler.accept(works_of(Job(text=1, steps=9, poison=True), Job(text=2, steps=9)))
+        with pytest.raises(MtserveError, match="the model failed"):
+            await ticket.result()
+        await until(lambda: not any(work.rows for work in ticket.works))
+
+    run(check, FakeEngine())
+
+
 def test_5_a_failing_decode_fails_its_own_request_only() -> None:
     class Broken(FakeEngine):
         def finish(self, work: Work) -> Any:
-            if work.rows[0].ids[0] == 13:
+            if job_of(work).text == 13:
                 raise KeyError("inside")
             return super().finish(work)
 
@@ -362,9 +548,116 @@ def test_8_the_same_arrivals_make_the_same_steps() -> None:
                 await ticket.result()
 
         run(check, engine)
-        return [[work.rows[0].ids[0].item() for work in batch] for batch in engine.batches]
+        return [[job_of(work).text for work in batch] for batch in engine.batches]
 
     assert steps() == steps()
+
+
+async def read(ticket: Ticket, into: list[Any]) -> None:
+    async for event in ticket.events():
+        into.append(event)
+
+
+@settings(max_examples=40)
+@given(requests=st.lists(jobs, min_size=1, max_size=6))
+def test_10_events_come_in_order_and_complete_then_the_error(requests: list[Job]) -> None:
+    async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
+        tickets = [scheduler.accept(works_of(job), stream=True) for job in requests]
+        events: list[list[Any]] = [[] for _ in tickets]
+        readers = [read(ticket, into) for ticket, into in zip(tickets, events, strict=True)]
+        for job, error, told in zip(
+            requests, await asyncio.gather(*readers, return_exceptions=True), events, strict=True
+        ):
+            if job.poison:
+                assert type(error) is MtserveError
+                assert told == []
+            elif job.broken:
+                assert isinstance(error, InputError)
+                assert told == [(job.text, step) for step in range(1, job.steps)]
+            else:
+                assert error is None
+                assert told == [(job.text, step) for step in range(1, job.steps + 1)]
+
+    run(check, FakeEngine(max_batch_tokens=1000))
+
+
+def test_10_an_event_is_there_before_the_others_take_a_step() -> None:
+    """The first token of a new generation is told after its own step, while the step of the running ones waits."""
+
+    async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
+        step = engine.step
+        held = threading.Event()
+
+        def slow(works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
+            assert len(works) == 1 or held.wait(10)
+            return step(works)
+
+        engine.step = slow  # type: ignore[method-assign]
+        long = scheduler.accept(works_of(Job(text=1, steps=10**9)))
+        await until(lambda: len(engine.batches) > 3)
+        new = scheduler.accept(works_of(Job(text=2, steps=3)), stream=True)
+        events = new.events()
+        assert await anext(events) == (2, 1)
+        assert [job_of(work).text for work in engine.batches[-1]] == [2]
+        held.set()
+        assert [event async for event in events] == [(2, 2), (2, 3)]
+        long.withdraw()
+
+    run(check, FakeEngine())
+
+
+def test_10_closing_the_events_stops_the_work() -> None:
+    async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
+        ticket = scheduler.accept(works_of(Job(text=1, steps=10**9)), stream=True)
+        events = ticket.events()
+        assert [await anext(events), await anext(events)] == [(1, 1), (1, 2)]
+        await events.aclose()
+        assert await scheduler.submit(works_of(Job(text=2))) == [(2, 1)]
+        count = len(engine.batches)
+        await asyncio.sleep(0.02)
+        assert len(engine.batches) == count
+
+    run(check, FakeEngine())
+
+
+def test_10_late_and_empty_streams_end() -> None:
+    async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
+        assert [event async for event in scheduler.accept([], stream=True).events()] == []
+        engine.gate.clear()
+        ticket = scheduler.accept(works_of(Job(text=1)), stream=True)
+        with pytest.raises(DeadlineError):
+            await anext(ticket.events())
+
+    run(check, FakeEngine(), timeout_s=0.05)
+
+
+def test_10_events_that_cannot_be_told_fail_their_own_request_only() -> None:
+    class Mute(FakeEngine):
+        def emit(self, work: Work) -> list[Any]:
+            raise KeyError("secret detail of the inside")
+
+    async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
+        for steps in (1, 5):
+            with pytest.raises(MtserveError, match="the model failed"):
+                await anext(scheduler.accept(works_of(Job(text=1, steps=steps)), stream=True).events())
+        assert await scheduler.submit(works_of(Job(text=2, steps=5))) == [(2, 5)]
+
+    run(check, Mute())
+
+
+def test_10_a_reader_whose_loop_is_closed_does_not_stop_the_thread() -> None:
+    engine = FakeEngine()
+    scheduler = Scheduler(engine)
+
+    async def leave() -> Ticket:
+        return scheduler.accept(works_of(Job(text=1, steps=10)), stream=True)
+
+    engine.gate.clear()
+    left = asyncio.run(leave())
+    engine.gate.set()
+    assert left.future.result(10) == [(1, 10)]
+    scheduler.close()
+    assert not scheduler._thread.is_alive()
 
 
 def test_the_tokenizer_runs_off_the_event_loop() -> None:

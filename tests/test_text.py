@@ -194,7 +194,7 @@ def test_an_unknown_preparation_step_is_refused() -> None:
 
 def test_extended_rows_keep_their_prompt() -> None:
     row = TEXT.prompt("", "one", "", max_length=9)
-    longer = row.extended(7)
+    longer = row.extended([7])
     assert longer.ids.tolist() == [*row.ids.tolist(), 7]
     assert longer.key != row.key
     assert longer.ids.dtype == np.int32

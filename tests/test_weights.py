@@ -164,7 +164,7 @@ FIVE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "forth": ("generation", {}),
-    "back": ("generation", {"template": "one : {text}"}),
+    "back": ("generation", {"template": "one : {source}{target}"}),
     "style": ("classification", {"labels": ["a", "b"]}),
 }
 

@@ -99,8 +99,8 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "names": ("token_classification", {"labels": ["person", "place"], "max_length": 48}),
 }
 GENERATION: dict[str, tuple[str, dict[str, Any]]] = {
-    "forth": ("generation", {"template": "{text} [SEP]", "max_new_tokens": 5, "max_length": 48}),
-    "back": ("generation", {"template": "one : {text} [SEP]", "max_new_tokens": 7, "max_length": 48}),
+    "forth": ("generation", {"template": "{source} [SEP]{target}", "max_new_tokens": 5, "max_length": 48}),
+    "back": ("generation", {"template": "one : {source} [SEP]{target}", "max_new_tokens": 7, "max_length": 48}),
 }
 
 

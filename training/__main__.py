@@ -1,15 +1,18 @@
-"""`python -m training RUN key=value…`: messages and progress on stderr, the table of results on stdout."""
+"""`python -m training RUN key=value…`, and `evaluate` of what was trained: messages and progress on stderr, tables of
+results on stdout."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from mtserve.errors import MissingExtraError, SetupError
+from mtserve.errors import ConfigError, MissingExtraError, SetupError
 from training.config import RunConfig
-from training.report.tables import Line, aligned
+from training.report.tables import aligned
 from training.runfile import base_of, find, read_config
 
 _HELP = """\
@@ -18,17 +21,19 @@ example: python -m training run.yaml output=runs/second training.epochs=5 tasks.
 Train every task of a run file, or of a recipe, on one trunk and write a checkpoint. The keys of a run file are:
 {keys}.
 Data paths are relative to the run file, those of a recipe to the working directory. Exit code 2 stands for a wrong run
-file, data, trunk or output."""
+file, data, trunk or output. `python -m training evaluate --help` says how to measure a checkpoint again."""
+_EVALUATE = """\
+example: python -m training evaluate runs/second run.yaml --predictions answers.jsonl --parameters '{"num_beams": 4}'
+
+Measure a sealed checkpoint on the data of a run file or recipe: every metric of each of its tasks, intervals, answers
+that need no training, and the judge that the run file names. Exit code 2 as of a run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_intermixed_args(given)
     try:
-        path = find(options.run)
-        config = read_config(path, options.overrides)
-        for line in aligned(_lines(options, config, command=shlex.join(["python", "-m", "training", *given]))):
+        for line in _evaluated(given[1:]) if given[:1] == ["evaluate"] else _trained(given):
             sys.stdout.write(line + "\n")
     except SetupError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -36,10 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _lines(options: argparse.Namespace, config: RunConfig, *, command: str) -> list[Line]:
-    """What the command has to say on stdout, as cells. Its parts are imported late: they take seconds, and a wrong run
-    file is said first."""
-    base = base_of(find(options.run))
+def _trained(given: Sequence[str]) -> list[str]:
+    """What a run has to say on stdout. Its parts are imported late: they take seconds, and a wrong run file is said
+    first."""
+    options = _parser().parse_intermixed_args(given)
+    path, command = find(options.run), shlex.join(["python", "-m", "training", *given])
+    config, base = read_config(path, options.overrides), base_of(path)
     try:
         if options.plan:
             from training.preview import preview
@@ -48,17 +55,46 @@ def _lines(options: argparse.Namespace, config: RunConfig, *, command: str) -> l
             plans = [f"trunk {one.trunk}\n\n{preview(one, base=base)}\n" for one in each] or [
                 preview(config, base=base)
             ]
-            return [(line,) for line in "\n".join(plans).splitlines()]
+            return "\n".join(plans).splitlines()
         if options.trunks:
             from training.compare import compare
 
-            return compare(config, options.trunks, base=base, command=command)
-        from training.report.evaluate import table
+            return aligned(compare(config, options.trunks, base=base, command=command))
+        from training.report.evaluate import signed, table
         from training.run import train
     except ModuleNotFoundError as error:
         raise MissingExtraError("training", "train") from error
     result = train(config, base=base, command=command)
-    return [] if result is None else table(result.scores)
+    return [] if result is None else [*aligned(table(result.scores)), *signed(result.scores)]
+
+
+def _evaluated(given: Sequence[str]) -> list[str]:
+    """What an evaluation has to say on stdout."""
+    parser = _evaluate_parser()
+    options = parser.parse_intermixed_args(given)
+    checkpoint, names = (None, options.given) if options.zero_shot else (options.given[0], options.given[1:])
+    if not names:
+        parser.error("CHECKPOINT and RUN are both wanted; with --zero-shot RUN alone")
+    path = find(names[0])
+    config = read_config(path, names[1:])
+    try:
+        parameters = json.loads(options.parameters)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--parameters is no JSON: {error}") from error
+    if not isinstance(parameters, dict):
+        raise ConfigError(f"--parameters must be a JSON object; found {options.parameters}")
+    try:
+        from training.report.command import measured
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("evaluation", "train") from error
+    return measured(
+        config,
+        checkpoint,
+        base=base_of(path),
+        split=options.split,
+        parameters=parameters,
+        predictions=options.predictions,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,6 +107,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a key; the value is parsed as YAML")
     parser.add_argument("--plan", action="store_true", help="say what the run would do and how long, and train nothing")
     parser.add_argument("--trunk", action="append", dest="trunks", help="run once on each of several, and compare")
+    return parser
+
+
+def _evaluate_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m training evaluate",
+        usage="%(prog)s [options] (CHECKPOINT | --zero-shot) RUN [key=value ...]",
+        description=_EVALUATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("given", nargs="+", help="checkpoint, run file or recipe, and changes of its keys")
+    parser.add_argument("--zero-shot", action="store_true", help="the untrained trunk, under the zero_shot templates")
+    parser.add_argument("--split", default="eval", choices=("train", "eval", "test"), help="by default eval")
+    parser.add_argument("--parameters", default="{}", metavar="JSON", help='of a request, such as {"num_beams": 4}')
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="write example and prediction as JSON lines")
     return parser
 
 

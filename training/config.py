@@ -16,6 +16,7 @@ from mtserve.tasks.base import AnyKind
 from training.data.source import Source
 from training.pretraining import TRAINING_KINDS
 from training.section import Section
+from training.special_tokens import PRESETS, Role
 from training.trainer.arguments import FROM_RUN_FILE
 from training.trainer.mixture import MixtureConfig
 
@@ -42,8 +43,17 @@ Held = Annotated[Annotated[Source, Tag(":source")] | Annotated[Carve, Tag(":carv
 """A split that training does not see: a source of its own, or a part of the training source."""
 
 
+class JudgeConfig(Section):
+    """Who says whether an answer has the wanted style: a classification in a sealed checkpoint (a folder, or one of the
+    hub), best one on another trunk, and the label that answers should get."""
+
+    checkpoint: str
+    task: str
+    label: str
+
+
 class TaskConfig(Section):
-    """One task: its kind, its data, and its share of the loss."""
+    """One task: its kind, its data, and its share of the loss. The last two keys are of generation alone."""
 
     kind: str
     options: dict[str, Any] = Field(default={})
@@ -54,6 +64,8 @@ class TaskConfig(Section):
     batch_size: int | None = Field(default=None, ge=1)
     class_weights: Literal["balanced"] | dict[str, float] | None = None
     license: str | None = Field(default=None, description="The licence of the data, for the card.")
+    zero_shot: str | None = Field(default=None, description="Template for the untrained trunk, measured beside ours.")
+    judge: JudgeConfig | None = None
 
     @field_validator("kind")
     @classmethod
@@ -68,6 +80,8 @@ class TaskConfig(Section):
         carved = [part for part in (self.eval, self.test) if isinstance(part, Carve)]
         for source in (self.train, *(part for part in (self.eval, self.test) if isinstance(part, Source))):
             _among("example field", source.columns, self.handler.labelled)
+        if self.kind != "generation" and (self.zero_shot is not None or self.judge is not None):
+            raise ValueError(f"zero_shot and judge are of generated text; allowed: neither with {self.kind}")
         if len({(part.seed, part.by) for part in carved}) > 1:
             raise ValueError("eval and test are carved with other seeds or groups; allowed: the same for both")
         if sum(part.carve for part in carved) >= 1:
@@ -98,7 +112,7 @@ class Training(Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     max_grad_norm: float = Field(default=1.0, ge=0)
     scheduler: str = Field(default="linear", description="As in TrainingArguments.lr_scheduler_type.")
-    bf16: bool = False
+    bf16: Literal[True, False, "auto"] = Field(default=False, description="auto: where the device multiplies it by itself.")
     fp16: bool = False
     logging_steps: int = Field(default=10, ge=1)
     eval_steps: int | None = Field(default=None, ge=1, description="Steps between evaluations; none means at the end.")
@@ -149,6 +163,9 @@ class RunConfig(Section):
     preparations: dict[str, tuple[str, ...]] = Field(
         default={}, description="Another one for trunks of these names, the last part of where they are."
     )
+    special_tokens: dict[Role, str] = Field(
+        default={}, description="Tokens that the trunk gets: bos, eos, pad, cls to their texts, or a preset's name."
+    )
     tasks: dict[TaskName, TaskConfig] = Field(min_length=1)
     training: Training = Training()
     mixture: MixtureConfig = MixtureConfig()
@@ -157,6 +174,15 @@ class RunConfig(Section):
     golden_rows: int = Field(default=4, ge=0)
     calibration_rows: int = Field(default=200, ge=0)
     resamples: int = Field(default=1000, ge=0, description="Bootstrap resamples of the metrics' intervals.")
+
+    @field_validator("special_tokens", mode="before")
+    @classmethod
+    def _preset(cls, tokens: Any) -> Any:
+        if not isinstance(tokens, str):
+            return tokens
+        if tokens not in PRESETS:
+            raise ValueError(f"{tokens!r} is no preset; allowed: {', '.join(PRESETS)}, or a mapping of roles to tokens")
+        return dict(PRESETS[tokens])
 
     @field_validator("preparation", mode="before")
     @classmethod

@@ -6,6 +6,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mtserve.weights import task_part, trunk_part
 from training.config import RunConfig
 from training.data.audit import audit
 from training.prepare import Prepared
+from training.report.beside import Beside
 from training.report.card import card
 from training.report.evaluate import Scores, evaluate
 from training.report.figures import figures
@@ -52,12 +54,13 @@ class Result:
         return {"eval": self.scores, **({"test": self.test} if self.test else {})}
 
 
-def finish(config: RunConfig, run: Prepared, trained: Trained, *, command: str) -> Result:
+def finish(config: RunConfig, run: Prepared, trained: Trained, *, command: str, beside: Mapping[str, Beside]) -> Result:
     """Evaluate all tasks and write the run's output. Raises CheckpointError."""
     folder = Path(config.output)
-    scores = {n: evaluate(run.engine, n, of, resamples=config.resamples) for n, of in run.data.items()}
+    measured = partial(evaluate, run.engine, resamples=config.resamples)
+    scores = {name: measured(name, of, beside=beside[name]) for name, of in run.data.items()}
     test = {
-        name: evaluate(run.engine, name, of, split="test", resamples=config.resamples)
+        name: measured(name, of, split="test", beside=beside[name])
         for name, of in run.data.items()
         if of.test is not None
     }

@@ -15,9 +15,11 @@ from mtserve.backends.eager import EagerBackend
 from mtserve.engine import Engine, Task
 from mtserve.errors import ConfigError
 from mtserve.model import Model
+from mtserve.trunk import gguf_file
 from training.config import RunConfig
 from training.data.splits import TaskData, read_task
-from training.pretraining import MaskedLM, load_head
+from training.pretraining import PRETRAINED, load_head
+from training.special_tokens import add_special_tokens
 from training.trainer.fit import TaskRun, check_best
 from training.trainer.learner import Learned
 from training.trainer.weighing import loss_terms
@@ -39,6 +41,8 @@ def prepare(config: RunConfig, *, base: Path) -> Prepared:
     """Trunk, data and fresh heads of a run. Raises SetupError."""
     torch.manual_seed(config.seed)  # a trunk's folder may lack a pooler, which is then made
     trunk = open_trunk(config.trunk, base, name=config.trunk_name, preparation=config.steps)
+    if config.special_tokens:
+        trunk = add_special_tokens(trunk, config.special_tokens, seed=config.seed)
     if config.preparations and config.steps is config.preparation:
         found = f"no preparation is named for {config.trunk}; named: {', '.join(config.preparations)}"
         _say(f"{found}. Its texts are prepared by {', '.join(config.preparation) or 'no step'}")
@@ -59,7 +63,8 @@ def prepare(config: RunConfig, *, base: Path) -> Prepared:
         except ConfigError as error:
             raise ConfigError(f"tasks.{name}.{error}") from error
         learned = Learned(of.kind, of.options, terms)
-        runs[name] = TaskRun(learned, of.train.features, wanted.weight, config.batch_size(name))
+        lengths = of.train.lengths if config.mixture.group_by_length else ()
+        runs[name] = TaskRun(learned, of.train.features, wanted.weight, config.batch_size(name), lengths)
     measured = {n: list(of.kind.metrics(*_one(of), of.options)) for n, of in data.items()}
     check_best(config.training.best, measured)
     model = _model(trunk, data, seed=config.seed)
@@ -112,6 +117,6 @@ def _model(trunk: Trunk, data: Mapping[str, TaskData], *, seed: int) -> Model:
     model = Model(trunk.model)
     for name, of in data.items():
         model.add(name, of.kind.head(of.options))
-        if isinstance(of.kind, MaskedLM):
-            load_head(model, name, trunk.folder)
+        if model.specs[name].architecture in PRETRAINED and model.head_tensors(name) and not gguf_file(trunk.folder):
+            load_head(model, name, trunk.folder)  # what is tied to the trunk's embeddings came with it
     return model

@@ -196,24 +196,31 @@ def _hide(row: Row, how: Mapping[str, Any], rng: np.random.Generator) -> tuple[R
     return replace(row, ids=ids), target
 
 
-def load_head(model: Model, task: str, folder: Path) -> bool:
-    """Fill the head of a masked_lm task with the one that `folder` holds beside the trunk it was pretrained with.
+PRETRAINED: Mapping[str, str] = {"masked_lm": "AutoModelForMaskedLM", "causal_lm": "AutoModelForCausalLM"}
+"""Heads that a trunk was pretrained with, and the stock class that has both."""
 
-    False, and the head stays fresh, where the folder holds a bare trunk. Raises OSError for an unusable folder.
+
+def load_head(model: Model, task: str, folder: Path) -> bool:
+    """Fill a head of `PRETRAINED` with the one that `folder` holds beside the trunk it was pretrained with.
+
+    Outputs of tokens that the run added stay fresh. False, and all of the head does, where the folder holds a bare
+    trunk. Raises OSError for an unusable folder.
     """
-    from transformers import AutoModelForMaskedLM
+    import torch
+    import transformers
 
     from mtserve.trunk import no_progress_bars
 
     with no_progress_bars():
-        stock, report = AutoModelForMaskedLM.from_pretrained(
+        stock, report = getattr(transformers, PRETRAINED[model.specs[task].architecture]).from_pretrained(
             folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
     own = model.head_tensors(task)
     if own.keys() & set(report["missing_keys"]):
         return False
     state = stock.state_dict()
-    model.load_head(task, {name: state[name] for name in own}, model.tied(task))
+    found = {name: torch.cat([state[name], fresh[len(state[name]) :]]) for name, fresh in own.items()}
+    model.load_head(task, found, model.tied(task))
     return True
 
 

@@ -14,6 +14,7 @@ from mtserve.trunk import hidden_size
 from training.config import RunConfig
 from training.finish import Result, finish
 from training.prepare import Prepared, prepare
+from training.report.beside import beside
 from training.report.evaluate import measure
 from training.states import claim, clear, states_folder
 from training.trainer.fit import arguments, fit
@@ -36,6 +37,7 @@ def train(config: RunConfig, *, base: Path, command: str = "") -> Result | None:
     _check_same_trunk(output, run.trunk)
     if states is not None and args.process_index == 0:
         claim(states, config, run.data, processes=args.world_size)
+    others = {} if args.process_index else beside(config, run.data, base=base, untrained=run.engine)
     budget = config.training.max_seconds
     trained = fit(
         run.model,
@@ -53,7 +55,7 @@ def train(config: RunConfig, *, base: Path, command: str = "") -> Result | None:
         return None
     if trained.ended != "finished":
         sys.stderr.write(f"training stopped after {trained.steps} steps: {trained.ended}\n")
-    result = finish(config, run, trained, command=command)
+    result = finish(config, run, trained, command=command, beside=others)
     if states is not None:
         clear(states)
     return result

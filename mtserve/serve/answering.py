@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,6 +48,24 @@ async def answer_task(
     items, shape = served.task.kind.split(inputs)
     predictions, usage = await _predict(table, [served], items, {served.name: parameters})
     return served.task.kind.join(predictions[served.name], shape), usage
+
+
+async def stream_task(
+    table: TaskTable, served: ServedTask, inputs: Any, parameters: Mapping[str, Any]
+) -> AsyncGenerator[Any, None]:
+    """Events of one answer as it grows; the last one has all of it. Closing the iterator gives the answer up.
+
+    Raises as `answer_task` does, before the first event where the request is at fault; InputError too for several
+    inputs, and for a task or parameters whose answer comes at once.
+    """
+    items, shape = served.task.kind.split(inputs)
+    if shape != "one":
+        raise InputError(Problem("a stream takes one input, not a list", field="inputs"))
+    deadline, scheduler = time.monotonic() + table.settings.timeout_s, served.trunk.scheduler
+    works = await scheduler.prepare(served.name, items, parameters, deadline=deadline, stream=True)
+    async with aclosing(scheduler.accept(works, deadline=deadline, stream=True).events()) as events:
+        async for event in events:
+            yield event
 
 
 async def answer_tasks(

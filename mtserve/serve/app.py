@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
-from functools import wraps
+from collections.abc import Awaitable, Callable
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,15 +19,15 @@ from starlette.staticfiles import StaticFiles
 
 from mtserve.errors import MethodError, MtserveError, UnknownRouteError
 from mtserve.serve import replies
-from mtserve.serve.answering import answer_task, answer_tasks
+from mtserve.serve.answering import answer_task, answer_tasks, stream_task
 from mtserve.serve.body import read_object
 from mtserve.serve.docs_page import PAGE
 from mtserve.serve.openapi import document
-from mtserve.serve.table import Root
+from mtserve.serve.table import Root, TaskTable
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
-TASK_FIELDS = ("inputs", "parameters")
+TASK_FIELDS = ("inputs", "parameters", "stream")
 PREDICT_FIELDS = ("inputs", "tasks", "parameters")
 logger = logging.getLogger(__name__)
 
@@ -55,11 +55,7 @@ def make_app(root: Root, *, assets: Path) -> Starlette:
         return JSONResponse(root.table().listing())
 
     async def one_task(request: Request) -> Response:
-        table = root.ready_table()
-        served = table.task(request.path_params["task"])
-        body = await read_object(request, table.settings, fields=TASK_FIELDS)
-        asked = answer_task(table, served, body["inputs"], body.get("parameters", {}))
-        return replies.answer(*await _while_connected(request, asked))
+        return await _answered(request, root.ready_table())
 
     async def predict(request: Request) -> Response:
         table = root.ready_table()
@@ -106,16 +102,32 @@ def _guarded(endpoint: Endpoint) -> Endpoint:
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it; the access log shows it, as other servers do
         except Exception as error:
-            if isinstance(error, MtserveError) and error.status != MtserveError.status:
-                return replies.failure(error)
-            request_id = uuid.uuid4().hex[:16]
-            logger.exception("request %s: %s %s failed", request_id, request.method, request.url.path)
-            return replies.internal(request_id)
+            return _failed(request, error)
 
     return inner
 
 
-async def _while_connected(request: Request, answer: Coroutine[Any, Any, T]) -> T:
+def _failed(request: Request, error: Exception) -> Response:
+    if isinstance(error, MtserveError) and error.status != MtserveError.status:
+        return replies.failure(error)
+    request_id = uuid.uuid4().hex[:16]
+    logger.error("request %s: %s %s failed", request_id, request.method, request.url.path, exc_info=error)
+    return replies.internal(request_id)
+
+
+async def _answered(request: Request, table: TaskTable) -> Response:
+    """The answer of one task, whole or as a stream."""
+    served = table.task(request.path_params["task"])
+    body = await read_object(request, table.settings, fields=TASK_FIELDS)
+    asked = (table, served, body["inputs"], body.get("parameters", {}))
+    if not body.get("stream"):
+        return replies.answer(*await _while_connected(request, answer_task(*asked)))
+    events = stream_task(*asked)
+    first = await _while_connected(request, anext(events))  # until then, an error is an ordinary response
+    return replies.EventStream(first, events, failed=partial(_failed, request))
+
+
+async def _while_connected(request: Request, answer: Awaitable[T]) -> T:
     """Await an answer, but cancel it when the client goes away. Raises ClientDisconnect then."""
     asked = asyncio.ensure_future(answer)
     gone = asyncio.ensure_future(_disconnected(request))

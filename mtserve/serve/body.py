@@ -63,6 +63,8 @@ def check_object(value: Any, settings: Settings, *, fields: Collection[str]) -> 
         problems.append(Problem("is missing", field="inputs"))
     if not isinstance(value.get("parameters", {}), dict):
         problems.append(Problem("must be an object", field="parameters"))
+    if not isinstance(value.get("stream"), bool | None):
+        problems.append(Problem("must be true or false", field="stream"))
     if problems:
         raise InputError(problems)
     return value

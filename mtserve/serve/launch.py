@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mtserve.errors import ConfigError, MissingExtraError, SetupError
-from mtserve.serve.loading import open_checkpoints
+from mtserve.serve.loading import open_checkpoints, split_prefix
 from mtserve.settings import read_settings
 
 SERVICE = "mtserve.serve.service:service"
@@ -40,8 +40,9 @@ def command(locations: Sequence[str], *, host: str = "127.0.0.1", port: int = 30
 
 def _absolute(location: str) -> str:
     """A folder by its whole path, since the server may change its own; a hub id as it is."""
-    path = Path(location).expanduser()
-    return str(path.resolve()) if path.is_dir() else location
+    prefix, unprefixed = split_prefix(location)
+    path = Path(unprefixed).expanduser()
+    return (prefix and prefix + "=") + (str(path.resolve()) if path.is_dir() else unprefixed)
 
 
 def _address(host: str) -> str:

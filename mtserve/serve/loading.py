@@ -1,16 +1,18 @@
-"""MTSERVE_MODEL to a task table: open the checkpoints, load each once, check the golden rows. Knows no HTTP."""
+"""MTSERVE_MODEL to a task table: open the checkpoints, load each trunk once, check the golden rows. Knows no HTTP."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from mtserve.checkpoint import Checkpoint
 from mtserve.engine import Engine
 from mtserve.errors import CheckpointError, ConfigError
 from mtserve.golden import GoldenReport, check_golden
 from mtserve.loading import load_checkpoint
-from mtserve.manifest import TaskEntry
+from mtserve.manifest import TaskEntry, check_task_name
 from mtserve.resolve import resolve
 from mtserve.scheduler import Scheduler
 from mtserve.serve.table import ServedTask, ServedTrunk, TaskTable, clash
@@ -19,10 +21,24 @@ from mtserve.settings import Settings
 logger = logging.getLogger(__name__)
 
 
-def open_checkpoints(locations: Sequence[str]) -> list[Checkpoint]:
-    """Open and check what is to be served, without reading weights.
+def split_prefix(location: str) -> tuple[str, str]:
+    """(prefix, location) of what may be `PREFIX=LOCATION`; a path that exists is a path, whatever is in its name."""
+    prefix, equals, rest = location.partition("=")
+    if not equals or "/" in prefix or Path(location).expanduser().exists():
+        return "", location
+    try:
+        if prefix.endswith("."):
+            raise ValueError(f"{prefix!r} ends with the dot that is put after it")
+        return check_task_name(prefix), rest
+    except ValueError as error:
+        raise ConfigError(f"the prefix of {location}: {error}") from error
 
-    Raises ConfigError if there is nothing, SetupError for two tasks of one name, ResolveError or CheckpointError.
+
+def open_checkpoints(locations: Sequence[str]) -> list[Checkpoint]:
+    """Open and check what is to be served, without reading weights; tasks have the names that they are served by.
+
+    Raises ConfigError if there is nothing, or for a prefix that is none; SetupError for two tasks of one name;
+    ResolveError or CheckpointError.
     """
     if not locations:
         raise ConfigError(
@@ -31,7 +47,8 @@ def open_checkpoints(locations: Sequence[str]) -> list[Checkpoint]:
     checkpoints: list[Checkpoint] = []
     owners: dict[str, str] = {}
     for location in locations:
-        checkpoint = Checkpoint.open(resolve(location))
+        prefix, unprefixed = split_prefix(location)
+        checkpoint = _prefixed(Checkpoint.open(resolve(unprefixed)), prefix)
         for task in checkpoint.manifest.tasks:
             if task.name in owners:
                 raise clash(task.name, owners[task.name], location)
@@ -40,10 +57,33 @@ def open_checkpoints(locations: Sequence[str]) -> list[Checkpoint]:
     return checkpoints
 
 
+def _prefixed(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
+    """The checkpoint with other names for its tasks. Raises ConfigError for one that is too long."""
+    if not prefix:
+        return checkpoint
+    manifest = checkpoint.manifest
+    try:
+        names = [check_task_name(f"{prefix}.{task.name}") for task in manifest.tasks]
+    except ValueError as error:
+        raise ConfigError(f"with prefix {prefix!r}: {error}") from error
+    tasks = tuple(task.model_copy(update={"name": name}) for task, name in zip(manifest.tasks, names, strict=True))
+    return replace(checkpoint, manifest=manifest.model_copy(update={"tasks": tasks}))
+
+
 def load_table(settings: Settings) -> TaskTable:
-    """Load every checkpoint of the settings. Raises what `open_checkpoints` and `load_checkpoint` raise."""
-    tasks = [task for checkpoint in open_checkpoints(settings.model) for task in _serve(checkpoint, settings)]
-    table = TaskTable.of(tasks, settings)
+    """Load every checkpoint of the settings, those of one trunk as one model.
+
+    Raises what `open_checkpoints` and `load_checkpoint` raise.
+    """
+    checkpoints = open_checkpoints(settings.model)
+    of_trunk: dict[tuple[str, str], list[Checkpoint]] = {}
+    for checkpoint in checkpoints:
+        manifest = checkpoint.manifest  # the fingerprint does not cover the config
+        of_trunk.setdefault((manifest.trunk.fingerprint, manifest.files["trunk/config.json"].sha256), []).append(
+            checkpoint
+        )
+    served = {task.name: task for together in of_trunk.values() for task in _serve(together, settings)}
+    table = TaskTable.of((served[entry.name] for each in checkpoints for entry in each.manifest.tasks), settings)
     for task in table.tasks.values():
         if task.problem is not None:
             logger.error("not ready: %s", task.problem)
@@ -52,11 +92,14 @@ def load_table(settings: Settings) -> TaskTable:
     return table
 
 
-def _serve(checkpoint: Checkpoint, settings: Settings) -> list[ServedTask]:
-    engine = load_checkpoint(checkpoint, max_batch_tokens=settings.max_batch_tokens)
-    checked = [(entry, *_golden(checkpoint, engine, entry)) for entry in checkpoint.manifest.tasks]
+def _serve(checkpoints: Sequence[Checkpoint], settings: Settings) -> list[ServedTask]:
+    """The tasks of checkpoints with the same trunk, by one engine and one queue."""
+    engine = load_checkpoint(
+        *checkpoints, max_batch_tokens=settings.max_batch_tokens, max_past_tokens=settings.max_past_tokens
+    )
+    checked = [(entry, *_golden(each, engine, entry)) for each in checkpoints for entry in each.manifest.tasks]
     scheduler = Scheduler(engine, max_queue_tokens=settings.max_queue_tokens, timeout_s=settings.timeout_s)
-    trunk = ServedTrunk(checkpoint.manifest.trunk, engine, scheduler)
+    trunk = ServedTrunk(checkpoints[0].manifest.trunk, engine, scheduler)
     return [
         ServedTask(engine.task(entry.name), entry, trunk, golden=report, problem=problem)
         for entry, report, problem in checked

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import mtserve
 from mtserve import errors
 from mtserve.errors import MtserveError
-from mtserve.serve.schemas import Schema, add_task, error_body, reference
+from mtserve.serve.schemas import STREAM, Schema, add_task, error_body, reference
 from mtserve.serve.table import ServedTask, TaskTable
 
 HEADERS = {
@@ -52,7 +52,7 @@ def _task_operation(served: ServedTask) -> Schema:
         "summary": f"{kind.name}: {served.name}",
         "description": f"Labels: {labels}." if labels else (inspect.getdoc(inspect.getmodule(kind)) or ""),
         "requestBody": _json_body(f"{served.name}.Request", served.example()),
-        "responses": _responses(f"{served.name}.Answer"),
+        "responses": _responses(f"{served.name}.Answer", streams=kind.streams),
     }
 
 
@@ -106,13 +106,12 @@ def _json_body(component: str, example: Schema) -> Schema:
     return {"required": True, "content": {"application/json": content}}
 
 
-def _responses(component: str) -> Schema:
+def _responses(component: str, *, streams: bool = False) -> Schema:
     headers = {name: {"description": text, "schema": {"type": kind}} for name, (kind, text) in HEADERS.items()}
-    answered = {
-        "description": "The answer",
-        "headers": headers,
-        "content": {"application/json": {"schema": reference(component)}},
-    }
+    content: Schema = {"application/json": {"schema": reference(component)}}
+    if streams:
+        content["text/event-stream"] = {"schema": {"type": "string", "description": STREAM}}
+    answered = {"description": "The answer", "headers": headers, "content": content}
     return {"200": answered, **{s: {"$ref": f"#/components/responses/{s}"} for s, _ in _error_responses()}}
 
 

@@ -15,6 +15,7 @@ from mtserve.engine import Task
 from mtserve.tasks.base import AnyKind
 
 Schema = dict[str, Any]
+STREAM = "Answer one input by server-sent events, one a token, as text-generation-inference does; the last has it all."
 COMPONENTS = "#/components/schemas/"
 
 
@@ -31,9 +32,10 @@ def add_task(schemas: dict[str, Schema], task: Task) -> None:
     several = {"type": "array", "items": _any([*text, items[0]])}
     parameters = _add(schemas, kind.parameters, prefix)
     schemas[f"{prefix}Parameters"] = parameters
+    streamed = {"stream": {"type": "boolean", "default": False, "description": STREAM}} if kind.streams else {}
     schemas[f"{prefix}Request"] = {
         "type": "object",
-        "properties": {"inputs": _any([*text, *items, several]), "parameters": parameters},
+        "properties": {"inputs": _any([*text, *items, several]), "parameters": parameters, **streamed},
         "required": ["inputs"],
         "additionalProperties": False,
     }

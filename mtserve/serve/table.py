@@ -152,4 +152,7 @@ class Root:
 
 def clash(name: str, first: str, second: str) -> SetupError:
     """Two checkpoints with one task name."""
-    return SetupError(f"task {name!r} is in {first} and in {second}; names must be distinct within a server")
+    return SetupError(
+        f"task {name!r} is in {first} and in {second}; names must be distinct within a server: PREFIX=LOCATION in "
+        "place of a location puts PREFIX. before its tasks' names"
+    )

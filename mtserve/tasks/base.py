@@ -9,13 +9,13 @@ the manifest), all that a request may change is in its `Parameters`. Kinds know 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
-from mtserve.errors import CheckpointError, InputError
+from mtserve.errors import CheckpointError, InputError, Problem
 from mtserve.preparation import expand
 from mtserve.rows import Floats, Row
 from mtserve.tasks.measures import Evaluation
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Reads = Literal["first", "last", "pooled", "all"]
+Pooling = Literal["first", "last", "pooled"]
+"""Which state stands for a row: that of its first or last token, or the trunk's pooler output."""
+
+POOLING: Any = Field(
+    default=None, description="State of a row that the head reads; training finds out and says. Causal trunks: last."
+)
 Architecture = Literal[
     "sequence_classification", "token_classification", "multiple_choice", "causal_lm", "masked_lm", "pooling"
 ]
@@ -80,6 +86,9 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_length: int = Field(default=128, ge=4, description="Most tokens of a row, special tokens included.")
+    append: str = Field(
+        default="", description="Put at the end of every row and never cut, such as <cls>; special tokens in it count."
+    )
     on_long: OnLong = Field(default="truncate", description="What happens to longer texts.")
     stride: int = Field(default=16, ge=0, description="Tokens that neighbouring windows share.")
     preparation: tuple[str, ...] | None = Field(
@@ -88,7 +97,7 @@ class Options(BaseModel):
 
     @property
     def limits(self) -> Limits:
-        return Limits(self.max_length, self.on_long, self.stride, self.preparation)
+        return Limits(self.max_length, self.on_long, self.stride, self.preparation, self.append)
 
     @field_validator("preparation")
     @classmethod
@@ -128,8 +137,11 @@ class Work:
     """One example on its way through the engine; only the engine's thread changes it after `prepare`.
 
     rows        what the trunk has to encode in the next step
-    logits      one array for each of `rows` from the last step, (n_out,) or (len, n_out)
-    generated   tokens made so far, by a kind of many steps
+    logits      one array for each of `rows` from the last step, (n_out,), or (len, n_out) for token outputs
+    streamed    a client reads the answer along
+    reserved    tokens that a backend may have to keep of each of its `sequences`; 0 for kinds of one pass
+    state       what a kind of many steps knows between them
+    error       what went wrong with this work alone; `engine.finish` raises it
     passes      numbers of the engine's trunk passes that it took part in
     """
 
@@ -138,7 +150,11 @@ class Work:
     parameters: Parameters
     rows: list[Row]
     logits: list[Floats] = field(default_factory=list)
-    generated: list[int] = field(default_factory=list)
+    streamed: bool = False
+    reserved: int = 0
+    sequences: int = 1
+    state: Any = None
+    error: Exception | None = None
     passes: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -155,6 +171,17 @@ class Work:
         return sum(row.cut for row in self.prompt)
 
 
+def room(works: Iterable[Work]) -> int:
+    """Tokens that a backend may have to keep for these works at once: it has room for the longest in each place."""
+    kept = [work for work in works if work.reserved]
+    return sum(work.sequences for work in kept) * max((work.reserved for work in kept), default=0)
+
+
+def fits(work: Work, beside: Iterable[Work], *, most: int) -> bool:
+    """Whether there is room for a work beside others."""
+    return not work.reserved or room([work, *beside]) <= most
+
+
 class Kind(Evaluation[O_, L_], Generic[O_, P_, E_, L_]):
     """One sort of task. A subclass and a line in `KINDS` add one.
 
@@ -166,6 +193,7 @@ class Kind(Evaluation[O_, L_], Generic[O_, P_, E_, L_]):
     takes_text   a bare string is an example
     label_field  the field of a prediction that holds one of the task's labels
     loss_terms   names of the `LossTerms` that the kind's loss can use
+    streams      its answer grows token by token, and `emit` says what there is to read along
     """
 
     name: ClassVar[str]
@@ -179,6 +207,7 @@ class Kind(Evaluation[O_, L_], Generic[O_, P_, E_, L_]):
     takes_text: ClassVar[bool] = True
     label_field: ClassVar[str | None] = None
     loss_terms: ClassVar[frozenset[str]] = frozenset()
+    streams: ClassVar[bool] = False
 
     # what the trunk sees
 
@@ -233,11 +262,25 @@ class Kind(Evaluation[O_, L_], Generic[O_, P_, E_, L_]):
         """Fields of a labelled example whose texts are names of classes, with all names in order."""
         return {}
 
+    def stated(self, options: O_, reads: Reads) -> O_:
+        """Options that say what the task's head was found to read, where the kind has an option for it."""
+        if reads == "all" or "pooling" not in type(options).model_fields:
+            return options
+        return type(options).model_validate({**options.model_dump(), "pooling": reads})
+
     # decoding
 
     def advance(self, work: Work, options: O_, text: Text) -> bool:
         """Take in the logits of a step; True when the work is finished, else `work.rows` holds what comes next."""
         return True
+
+    def begin(self, work: Work, options: O_, text: Text) -> None:
+        """Make a fresh work of several steps ready: its `state`, its `reserved` tokens. Raises InputError."""
+
+    def emit(self, work: Work, options: O_, text: Text) -> list[Any]:
+        """JSON-ready events for a client that reads along: what came since the last call; after the last step the one
+        with the whole answer too."""
+        return []
 
     @abstractmethod
     def decode(self, work: Work, options: O_, text: Text) -> Any:
@@ -245,6 +288,10 @@ class Kind(Evaluation[O_, L_], Generic[O_, P_, E_, L_]):
 
     def check(self, example: E_, options: O_, parameters: P_) -> None:
         """Raise InputError for what the schemas cannot say of an example or its parameters."""
+
+    def check_stream(self, options: O_, parameters: P_) -> None:
+        """Raise InputError if an answer with these parameters cannot be read along."""
+        raise InputError(Problem(f"an answer of {self.name} comes at once", field="stream"))
 
     # the edges
 

@@ -12,7 +12,18 @@ from typing_extensions import TypedDict
 
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Row
-from mtserve.tasks.base import PLAIN, Example, HeadSpec, Kind, LossTerms, Options, Parameters, Work
+from mtserve.tasks.base import (
+    PLAIN,
+    POOLING,
+    Example,
+    HeadSpec,
+    Kind,
+    LossTerms,
+    Options,
+    Parameters,
+    Pooling,
+    Work,
+)
 from mtserve.tasks.measures import LabelScores, Metrics, Outcomes, label_report
 from mtserve.tasks.scores import sigmoid, softmax
 from mtserve.tasks.windows import merge, merge_tensor
@@ -25,6 +36,7 @@ if TYPE_CHECKING:
 class ClassificationOptions(Options):
     labels: tuple[str, ...] = Field(min_length=1, description="Label names in the order of the head's outputs.")
     multi_label: bool = Field(default=False, description="Any number of labels may hold at once.")
+    pooling: Pooling | None = POOLING
 
     @field_validator("labels")
     @classmethod
@@ -82,7 +94,8 @@ class Classification(
 
     def head(self, options: ClassificationOptions) -> HeadSpec:
         problem = "multi_label_classification" if options.multi_label else "single_label_classification"
-        return HeadSpec(architecture="sequence_classification", labels=options.labels, problem_type=problem)
+        of = "sequence_classification"
+        return HeadSpec(architecture=of, labels=options.labels, problem_type=problem, reads=options.pooling)
 
     def fit(self, examples: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
         fitted = dict(options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,18 @@ from typing_extensions import TypedDict
 
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Row
-from mtserve.tasks.base import PLAIN, Example, HeadSpec, Kind, LossTerms, Options, Parameters, Work
+from mtserve.tasks.base import (
+    PLAIN,
+    POOLING,
+    Example,
+    HeadSpec,
+    Kind,
+    LossTerms,
+    Options,
+    Parameters,
+    Pooling,
+    Work,
+)
 from mtserve.tasks.measures import Metrics, Outcomes
 from mtserve.tasks.scores import softmax
 from mtserve.tasks.windows import merge, merge_tensor
@@ -23,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class MultipleChoiceOptions(Options):
-    pass
+    pooling: Pooling | None = POOLING
 
 
 class MultipleChoiceParameters(Parameters):
@@ -66,14 +78,16 @@ class MultipleChoice(
 
     def rows(self, example: MultipleChoiceExample, options: MultipleChoiceOptions, text: Text) -> list[Row]:
         """One row a choice (windows of it, where the question is long and the options say so); the question is cut."""
-        return [
+        rows = [
             row
             for part, choice in enumerate(example.choices)
             for row in text.rows(example.question, choice, limits=options.limits, cut_first=True, part=part)
         ]
+        shared = _shared(rows)
+        return [replace(row, shared=shared) for row in rows]
 
     def head(self, options: MultipleChoiceOptions) -> HeadSpec:
-        return HeadSpec(architecture="multiple_choice", labels=("score",))
+        return HeadSpec(architecture="multiple_choice", labels=("score",), reads=options.pooling)
 
     def target(self, example: LabelledMultipleChoice, rows: Sequence[Row], options: MultipleChoiceOptions) -> Any:
         if example.answer >= len(example.choices):
@@ -135,3 +149,11 @@ class MultipleChoice(
         return MultipleChoiceExample(
             question="What do you open when it starts to rain?", choices=("an umbrella", "a tin of soup", "a book")
         )
+
+
+def _shared(rows: Sequence[Row]) -> int:
+    """How many first tokens all rows have, of the same types; each row has at least one more."""
+    most = min(map(len, rows)) - 1
+    seen = np.stack([np.stack([row.ids[:most], row.type_ids[:most]]) for row in rows])  # (rows, 2, most)
+    differs = (seen != seen[0]).any((0, 1))
+    return int(differs.argmax()) if differs.any() else most

@@ -12,7 +12,18 @@ from typing_extensions import TypedDict
 
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Floats, Row
-from mtserve.tasks.base import PLAIN, Example, HeadSpec, Item, Kind, LossTerms, Options, Parameters, Work
+from mtserve.tasks.base import (
+    PLAIN,
+    Example,
+    HeadSpec,
+    Item,
+    Kind,
+    LossTerms,
+    Options,
+    Parameters,
+    Pooling,
+    Work,
+)
 from mtserve.tasks.measures import Metrics, Outcomes
 from mtserve.tasks.validation import validate
 from mtserve.tasks.windows import merge, merge_tensor
@@ -28,7 +39,23 @@ class SimilarityOptions(Options):
     )
     low: float = Field(default=0.0, description="Score of texts that have nothing in common.")
     high: float = Field(default=1.0, description="Score of texts that mean the same.")
-    pooling: Literal["mean", "first", "last"] = Field(default="mean", description="For cosine: the text's embedding.")
+    pooling: Literal["mean"] | Pooling | None = Field(
+        default=None,
+        description="State that stands for a row. For cosine mean (the default), first or last; for regression the "
+        "one that the head reads: training finds out and says.",
+    )
+
+    @property
+    def embedding(self) -> Literal["mean", "first", "last"]:
+        """For cosine: which states make the text's embedding."""
+        return "mean" if self.pooling is None or self.pooling == "pooled" else self.pooling
+
+    @model_validator(mode="after")
+    def _pooling_fits(self) -> SimilarityOptions:
+        wrong = "pooled" if self.method == "cosine" else "mean"
+        if self.pooling == wrong:
+            raise ValueError(f"pooling {wrong} is not possible for {self.method}")
+        return self
 
     @model_validator(mode="after")
     def _ordered(self) -> SimilarityOptions:
@@ -79,8 +106,10 @@ class Similarity(Kind[SimilarityOptions, SimilarityParameters, SimilarityExample
 
     def head(self, options: SimilarityOptions) -> HeadSpec:
         if options.method == "cosine":
-            return HeadSpec(architecture="pooling", pooling=options.pooling)
-        return HeadSpec(architecture="sequence_classification", labels=("score",), problem_type="regression")
+            return HeadSpec(architecture="pooling", pooling=options.embedding)
+        reads = None if options.pooling == "mean" else options.pooling
+        of = "sequence_classification"
+        return HeadSpec(architecture=of, labels=("score",), problem_type="regression", reads=reads)
 
     def target(self, example: LabelledSimilarity, rows: Sequence[Row], options: SimilarityOptions) -> Any:
         if not options.low <= example.score <= options.high:

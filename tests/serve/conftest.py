@@ -22,10 +22,16 @@ from tests.tiny import GENERATION, TOKENIZER_JSON, tiny
 
 
 def sealed(
-    folder: Path, family: str, *, only: tuple[str, ...] | None = None, golden: bool = True, wrong: str = ""
+    folder: Path,
+    family: str,
+    *,
+    only: tuple[str, ...] | None = None,
+    tasks: dict[str, tuple[str, dict[str, Any]]] | None = None,
+    golden: bool = True,
+    wrong: str = "",
 ) -> Checkpoint:
     """A tiny random checkpoint; with one golden row a task, or none; that of task `wrong` has other logits."""
-    made = tiny(family, only=only)
+    made = tiny(family, only=only, tasks=tasks)
     parts = []
     for task in made.tasks:
         part = task_part(made.model, task.name, kind=task.kind.name, options=task.options, metrics={"metric": 0.5})

@@ -66,6 +66,22 @@ def test_examples_and_answers_fit_their_schemas(spec: dict[str, Any], client: Te
     assert problems(spec, answer, {"wrong": 1})
 
 
+@pytest.mark.parametrize("name", [*OPTIONS, *GENERATION])
+def test_streams_are_declared_where_there_are_any(spec: dict[str, Any], client: TestClient, name: str) -> None:
+    operation = spec["paths"][f"/tasks/{name}"]["post"]
+    body = operation["requestBody"]["content"]["application/json"]
+    request = {**body["example"], "stream": True}
+    response = client.post(f"/tasks/{name}", json=request)
+    if name in GENERATION:
+        assert problems(spec, body["schema"], request) == []
+        assert problems(spec, body["schema"], {**request, "stream": "yes"})
+        assert response.headers["content-type"].split(";")[0] in operation["responses"]["200"]["content"]
+    else:
+        assert problems(spec, body["schema"], request)
+        assert list(operation["responses"]["200"]["content"]) == ["application/json"]
+        assert response.status_code == 422
+
+
 def test_labels_are_enumerated(spec: dict[str, Any]) -> None:
     schemas = spec["components"]["schemas"]
     assert schemas["topic.LabelScore"]["properties"]["label"]["enum"] == ["good", "bad", "fine"]

@@ -203,7 +203,7 @@ def test_bad_items_say_what_was_found_and_what_is_allowed(kind: str, item: Any, 
     [
         ("classification", {"labels": []}, "at least 1 item"),
         ("similarity", {"low": 1, "high": 1}, "low 1.0 must be less than high 1.0"),
-        ("generation", {"template": "no place"}, "template must contain {text} once"),
+        ("generation", {"template": "no place"}, "template must contain {source} and {target} once each"),
         ("generation", {"on_long": "window"}, "not possible for generation"),
         ("generation", {"max_new_tokens": 128}, "must be less than max_length 128"),
         ("token_classification", {"labels": ["a", "a"]}, "labels must be distinct"),

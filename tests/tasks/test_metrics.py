@@ -160,8 +160,10 @@ def test_span_metrics_are_those_of_seqeval(seed: int) -> None:
 def cases() -> dict[str, tuple[Any, Any, list[Any], list[Any]]]:
     rng = np.random.default_rng(1)
     choice = made("multiple_choice", {}, [{"question": "", "choices": ["x", "y"], "answer": i % 2} for i in range(30)])
-    forth = made("generation", {}, [{"text": "", "target": f" {i % 3}"} for i in range(30)])
-    pairs = [{"text": "", "text_pair": "", "score": float(s)} for s in rng.integers(3, size=30) / 2]
+    lines = [" ".join(rng.choice(LABELS[:3], 6)) for _ in range(90)]
+    pairs = zip(lines[:30], lines[30:60], strict=True)
+    forth = made("generation", {}, [{"text": text, "target": target} for text, target in pairs])
+    scored = [{"text": "", "text_pair": "", "score": float(s)} for s in rng.integers(3, size=30) / 2]
     return {
         "single": single(1),
         "multiple": multiple(1, share=0.2)[:4],
@@ -170,8 +172,8 @@ def cases() -> dict[str, tuple[Any, Any, list[Any], list[Any]]]:
             *choice,
             [[{"index": int(i), "choice": "", "score": 1.0}] for i in rng.integers(2, size=30)],
         ),
-        "generation": (*forth, [[{"generated_text": str(i)}] for i in rng.integers(3, size=30)]),
-        "similarity": (*made("similarity", {}, pairs), [{"score": float(s)} for s in rng.random(30).round(1)]),
+        "generation": (*forth, [[{"generated_text": line}] for line in lines[60:]]),
+        "similarity": (*made("similarity", {}, scored), [{"score": float(s)} for s in rng.random(30).round(1)]),
     }
 
 
@@ -196,8 +198,11 @@ def test_the_constant_stands_beside_each_prediction() -> None:
 
 
 def test_only_a_generation_can_be_a_copy() -> None:
-    handler, options, examples = made("generation", {}, [{"text": "as it is", "target": "as it is"}])
-    assert handler.metrics([handler.copied(examples[0], options)], examples, options) == {"exact_match": 1.0}
+    handler, options, examples = made("generation", {}, [{"text": "all is as it is", "target": "all is as it is"}])
+    found = handler.metrics([handler.copied(examples[0], options)], examples, options)
+    wanted = {"bleu": 1, "bleu_lower": 1, "chrf": 1, "pinc": 0, "copy_rate": 1, "exact_match": 1}
+    assert found == {name: pytest.approx(value) for name, value in wanted.items()}
+    assert handler.metric == "bleu"
     for name in set(cases()) - {"generation"}:
         handler, options, examples, _ = cases()[name]
         assert handler.copied(examples[0], options) is None

@@ -94,7 +94,7 @@ def test_token_truth_must_fit_its_text(record: dict[str, Any]) -> None:
 
 
 def test_generation_targets_are_the_answer_and_its_end() -> None:
-    raw = {"template": "{text} [SEP]", "max_new_tokens": 4, "max_length": 9}
+    raw = {"template": "{source} [SEP]{target}", "max_new_tokens": 4, "max_length": 9}
     handler = KINDS["generation"]
     options = handler.options.model_validate(raw)
     record = handler.labelled.model_validate({"text": "one " * 9, "target": "red green"})

@@ -44,7 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "similarity": {"max_length": 32, "high": 5},
     "multiple_choice": {"max_length": 32},
     "token_classification": {"max_length": 32},
-    "generation": {"max_length": 32, "max_new_tokens": 4, "template": "{text} [SEP]"},
+    "generation": {"max_length": 32, "max_new_tokens": 4, "template": "{source} [SEP]{target}"},
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from mtserve.tasks.overlap import signatures
 from tests.training.fake_data import task
 from training.config import RunConfig
 from training.data.audit import audit
@@ -38,9 +39,10 @@ def made() -> dict[str, Any]:
                 },
                 "forth": {
                     "kind": "generation",
-                    "options": {"template": "```{text}```"},
+                    "options": {"template": "```{source}```{target}"},
                     "train": {"hub": "org/pairs", "split": "train"},
                     "eval": {"hub": "org/pairs", "split": "validation"},
+                    "judge": {"checkpoint": "runs/judge", "task": "style", "label": "old"},
                 },
             },
         }
@@ -61,8 +63,8 @@ def made() -> dict[str, Any]:
         report=report,
         confusion=[[1, 0], [0, 1]],
     )
-    baselines = {"majority": {"exact_match": 0.0}, "copy": {"exact_match": 0.0625}}
-    forth = Scores("exact_match", {"exact_match": 0.875}, baselines, examples=30, resamples=100)
+    baselines = {"majority": {"bleu": 0.0}, "copy": {"bleu": 0.0625}, "zero-shot": {"bleu": 0.125}}
+    forth = Scores("bleu", {"bleu": 0.875}, baselines, examples=30, resamples=100)
     test = Scores("macro_f1", {"macro_f1": 0.4375}, {"majority": {"macro_f1": 0.3125}}, split="test", examples=20)
     return {
         "config": config,
@@ -100,7 +102,7 @@ def test_hubs_read_licence_and_results(made: dict[str, Any]) -> None:
         (*of_topic, "accuracy", "accuracy", 0.75),
         (*of_topic, "f1", "macro_f1", 0.5),
         (*of_topic, "matthews_correlation", "mcc", -0.25),
-        ("text-generation", "forth", "org/pairs/validation", "eval", "exact_match", "exact_match", 0.875),
+        ("text-generation", "forth", "org/pairs/validation", "eval", "bleu", "bleu", 0.875),
         ("text-classification", "topic", "a/topic.test.csv", "test", "f1", "macro_f1", 0.4375),
     ]
 
@@ -110,11 +112,11 @@ def test_tables_hold_every_number(made: dict[str, Any]) -> None:
     kinds, scores, test, labels, sources, lengths = tables(text)
     assert kinds[1] == ["topic", "classification", r"a\|b, &lt;i>"]
     assert scores == [
-        ["task", "metric", "value", "95% interval", "majority", "copy"],
-        ["topic", "macro_f1", "0.500", "0.400 to 0.600", "0.100", ""],
-        ["topic", "accuracy", "0.750", "0.700 to 0.800", "0.375", ""],
-        ["topic", "mcc", "-0.250", "-0.300 to -0.200", "0.000", ""],
-        ["forth", "exact_match", "0.875", "", "0.000", "0.062"],
+        ["task", "metric", "value", "95% interval", "majority", "copy", "zero-shot"],
+        ["topic", "macro_f1", "0.500", "0.400 to 0.600", "0.100", "", ""],
+        ["topic", "accuracy", "0.750", "0.700 to 0.800", "0.375", "", ""],
+        ["topic", "mcc", "-0.250", "-0.300 to -0.200", "0.000", "", ""],
+        ["forth", "bleu", "0.875", "", "0.000", "0.062", "0.125"],
     ]
     assert test == [["task", "metric", "value", "majority"], ["topic", "macro_f1", "0.438", "0.312"]]
     assert labels[1] == [r"a\|b", "0.250", "0.500", "0.125", "7"]
@@ -124,6 +126,8 @@ def test_tables_hold_every_number(made: dict[str, Any]) -> None:
     assert "(resamples: 1000 for topic; 100 for forth)" in text
     assert "(examples: topic 40, forth 30)" in text
     assert "- topic eval: 1 of 1 inputs (100.0%) are also in topic train." in text
+    assert f"- chrf: sacreBLEU {signatures()['chrf']}" in text
+    assert "`style_accuracy` of forth: answers that the task style of `runs/judge` calls old;" in text
     assert "Of this checkpoint: apache-2.0." in text
     assert "torch 9.9" in text
     assert "Seed 0" in text
@@ -132,7 +136,7 @@ def test_tables_hold_every_number(made: dict[str, Any]) -> None:
 def test_the_config_stands_whole_inside_its_fence(made: dict[str, Any]) -> None:
     (block,) = re.findall(r"\n````yaml\n(.*?)\n````\n", card(**made), flags=re.DOTALL)
     assert RunConfig.model_validate(yaml.safe_load(block)) == made["config"]
-    assert "```{text}```" in block
+    assert "```{source}```{target}" in block
 
 
 def test_pictures_are_shown_where_they_are(made: dict[str, Any]) -> None:
@@ -148,6 +152,7 @@ def test_a_card_without_licence_or_labels(made: dict[str, Any]) -> None:
     assert ModelCard(text).data.license is None
     assert "Of this checkpoint: not stated." in text
     assert "bootstrap" not in text
+    assert "sacreBLEU" not in text
     assert "each label" not in text
 
 

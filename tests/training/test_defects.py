@@ -128,7 +128,7 @@ def test_41_a_table_is_found_by_its_own_content(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [3, 60])
 def test_48_a_long_source_is_cut_and_never_the_target(words: int) -> None:
     kind = KINDS["generation"]
-    options = kind.options.model_validate({"template": "{text} [SEP]", "max_length": 16, "max_new_tokens": 8})
+    options = kind.options.model_validate({"template": "{source} [SEP]{target}", "max_length": 16, "max_new_tokens": 8})
     example = labelled("generation", text="town " * words, target="the rain")
     rows, target = kind.features(example, options, TEXT)
     answer = [*TEXT.plain("the rain"), EOS]
@@ -140,7 +140,7 @@ def test_48_a_long_source_is_cut_and_never_the_target(words: int) -> None:
 
 def test_50_what_the_loss_counts_is_the_target_and_its_end() -> None:
     kind = KINDS["generation"]
-    options = kind.options.model_validate({"template": "{text} [SEP]", "max_length": 32, "max_new_tokens": 8})
+    options = kind.options.model_validate({"template": "{source} [SEP]{target}", "max_length": 32, "max_new_tokens": 8})
     for source, target in (("the town", "ana silva"), ("red", "the red town in may")):
         rows, counted = kind.features(labelled("generation", text=source, target=target), options, TEXT)
         kept = counted[counted != IGNORED].tolist()

@@ -17,7 +17,8 @@ from mtserve.tasks import KINDS
 from tests.tiny import PAD, tiny
 from tests.training.conftest import rows
 from tests.training.fake_data import task
-from training.report.evaluate import Scores, evaluate, intervals, measure, table
+from training.report.beside import Beside
+from training.report.evaluate import Scores, evaluate, intervals, measure, signed, table
 
 LABELS = {"labels": ["good", "bad", "fine"], "max_length": 48}
 
@@ -55,24 +56,44 @@ def test_splits_are_asked_for_by_name() -> None:
         scored("topic", data, split="test")
 
 
-def test_the_copy_baseline_stands_beside_generations() -> None:
-    options = {"template": "{text} [SEP]", "max_new_tokens": 5, "max_length": 48}
-    same = [{"text": "the town", "target": "the town"}, {"text": "the town", "target": "a river"}]
-    found = scored("forth", task("generation", options, train=same, eval=same), "gpt2", resamples=20)
-    assert found.baselines == {"majority": {"exact_match": 0.0}, "copy": {"exact_match": 0.5}}
+def test_copies_and_the_untrained_trunk_stand_beside_generations() -> None:
+    options = {"template": "{source} [SEP]{target}", "max_new_tokens": 5, "max_length": 48}
+    same = [{"text": "the town is red", "target": "the town is red"}, {"text": "the town", "target": "a river"}]
+    data = task("generation", options, train=same, eval=same, test=same)
+    untrained = [[{"generated_text": "a town"}], [{"generated_text": " a river"}]]
+    beside = Beside(zero_shot={"eval": untrained})
+    found = scored("forth", data, "gpt2", resamples=20, beside=beside)
+    assert {which: of["exact_match"] for which, of in found.baselines.items()} == {
+        "majority": 0,
+        "copy": 0.5,
+        "zero-shot": 0.5,
+    }
+    assert (found.metric, found.baselines["copy"]["copy_rate"], found.baselines["zero-shot"]["copy_rate"]) == (
+        "bleu",
+        1,
+        0,
+    )
+    assert found.intervals.keys() == found.metrics.keys() == found.baselines["zero-shot"].keys()
+    assert list(scored("forth", data, "gpt2", split="test", beside=beside).baselines) == ["majority", "copy"]
     assert found.report == {}
     assert found.confusion is None
-    score = Scores("accuracy", {"accuracy": 0.5, "mcc": -0.25}, {"majority": {"accuracy": 0.25, "mcc": 0.0}})
-    assert table({"forth": found, "topic": score}) == [
-        ("task", "metric", "value", "95% interval", "majority", "copy"),
-        ("forth", "exact_match", "0.000", "0.000 to 0.000", "0.000", "0.500"),
-        ("topic", "accuracy", "0.500", "", "0.250", ""),
+    assert [line.split(" ")[0] for line in signed({"forth": found})] == ["bleu:", "bleu_lower:", "chrf:"]
+
+
+def test_a_table_has_the_columns_that_are_filled() -> None:
+    topic = Scores("accuracy", {"accuracy": 0.5, "mcc": -0.25}, {"majority": {"accuracy": 0.25, "mcc": 0.0}})
+    baselines = {"majority": {"bleu": 0.0}, "copy": {"bleu": 0.125}, "zero-shot": {"bleu": 0.25, "style_accuracy": 1.0}}
+    metrics = {"style_accuracy": 0.75, "bleu": 0.5}
+    forth = Scores("bleu", metrics, baselines, intervals={"bleu": (0.4, 0.6)})
+    assert table({"forth": forth, "topic": topic}, all_metrics=True) == [
+        ("task", "metric", "value", "95% interval", "majority", "copy", "zero-shot"),
+        ("forth", "bleu", "0.500", "0.400 to 0.600", "0.000", "0.125", "0.250"),
+        ("forth", "style_accuracy", "0.750", "", "", "", "1.000"),
+        ("topic", "accuracy", "0.500", "", "0.250", "", ""),
+        ("topic", "mcc", "-0.250", "", "0.000", "", ""),
     ]
-    assert table({"topic": score}, all_metrics=True) == [
-        ("task", "metric", "value", "majority"),
-        ("topic", "accuracy", "0.500", "0.250"),
-        ("topic", "mcc", "-0.250", "0.000"),
-    ]
+    assert table({"topic": topic}) == [("task", "metric", "value", "majority"), ("topic", "accuracy", "0.500", "0.250")]
+    assert signed({"topic": topic}) == []
 
 
 def test_masked_tokens_are_predicted_in_small_parts_beside_the_most_frequent_token(
@@ -85,8 +106,10 @@ def test_masked_tokens_are_predicted_in_small_parts_beside_the_most_frequent_tok
     engine = Engine([Task("mlm", data.kind, data.options)], EagerBackend(small.model, pad_id=PAD), small.text)
     data.train.features = [data.kind.features(one, data.options, small.text) for one in data.train.examples]
     whole, predict, parts = evaluate(engine, "mlm", data), engine.predict, []
-    monkeypatch.setattr("training.report.evaluate._MASKED_TOKENS_AT_ONCE", 3 * 16 + 1)
-    monkeypatch.setattr(engine, "predict", lambda name, part: parts.append(len(part)) or predict(name, part))
+    monkeypatch.setattr("training.report.answers._MASKED_TOKENS_AT_ONCE", 3 * 16 + 1)
+    monkeypatch.setattr(
+        engine, "predict", lambda name, part, given: parts.append(len(part)) or predict(name, part, given)
+    )
     assert evaluate(engine, "mlm", data) == whole
     assert parts == [3, 3, 1]
     (token,) = {one["token"] for one in predict("mlm", data.splits["eval"].examples[:1])[0]}

@@ -124,7 +124,7 @@ def test_tables_have_classes_and_give_the_same_features_as_the_kind(tmp_path: Pa
         ("similarity", {"max_length": 32, "high": 5}),
         ("multiple_choice", {"max_length": 32}),
         ("token_classification", {"max_length": 32, "on_long": "window", "stride": 1}),
-        ("generation", {"max_length": 32, "max_new_tokens": 4, "template": "{text} [SEP]"}),
+        ("generation", {"max_length": 32, "max_new_tokens": 4, "template": "{source} [SEP]{target}"}),
     ],
 )
 def test_examples_and_targets_of_every_kind_come_back_from_the_table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from itertools import chain
 from typing import Any, get_args
 
@@ -23,15 +24,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def schedule(
-    sizes: dict[str, int], batch_sizes: dict[str, int] | int, strategy: str, *, seed: int = 0, epochs: float = 3
+    sizes: dict[str, int],
+    batch_sizes: dict[str, int] | int,
+    strategy: str,
+    *,
+    seed: int = 0,
+    epochs: float = 3,
+    lengths: dict[str, list[int]] | None = None,
 ) -> Schedule:
-    """A schedule of a strategy with the settings of `CONFIGS`, weights only of the tasks that there are."""
-    raw = {"strategy": strategy, **CONFIGS[strategy]}
+    """A schedule of a strategy with the settings of `CONFIGS`, weights only of the tasks that there are; grouped by
+    length where there are lengths."""
+    raw = {"strategy": strategy, "group_by_length": lengths is not None, **CONFIGS[strategy]}
     if strategy == "weights":
         raw["weights"] = {task: raw["weights"][task] for task in sizes}
     if isinstance(batch_sizes, int):
         batch_sizes = dict.fromkeys(sizes, batch_sizes)
-    return Schedule(sizes, batch_sizes, MixtureConfig.model_validate(raw), seed=seed, epochs=epochs)
+    config = MixtureConfig.model_validate(raw)
+    return Schedule(sizes, batch_sizes, config, seed=seed, epochs=epochs, lengths=lengths)
 
 
 @st.composite
@@ -43,7 +52,9 @@ def schedules(draw: st.DrawFn) -> Schedule:
     )
     sizes, batch_sizes = {t: s for t, (s, _) in tasks.items()}, {t: b for t, (_, b) in tasks.items()}
     strategy, seed = draw(st.sampled_from(list(CONFIGS))), draw(st.integers(0, 9))
-    return schedule(sizes, batch_sizes, strategy, seed=seed, epochs=draw(st.sampled_from([0.5, 1, 3, 4.5])))
+    lengths = {t: [(at * 37 + 11) % 29 for at in range(size)] for t, size in sizes.items()}
+    epochs, grouped = draw(st.sampled_from([0.5, 1, 3, 4.5])), draw(st.booleans())
+    return schedule(sizes, batch_sizes, strategy, seed=seed, epochs=epochs, lengths=lengths if grouped else None)
 
 
 @given(mixture=schedules(), number=st.integers(0, 6))
@@ -60,7 +71,14 @@ def test_an_epoch_is_what_the_schedule_says_of_it(mixture: Schedule, number: int
 @given(mixture=schedules(), numbers=st.lists(st.integers(0, 6), max_size=4))
 def test_an_epoch_follows_from_seed_and_number_alone(mixture: Schedule, numbers: list[int]) -> None:
     before = [mixture.epoch(number) for number in numbers]
-    again = Schedule(mixture.sizes, mixture.batch_sizes, mixture.config, seed=mixture.seed, epochs=mixture.epochs)
+    again = Schedule(
+        mixture.sizes,
+        mixture.batch_sizes,
+        mixture.config,
+        seed=mixture.seed,
+        epochs=mixture.epochs,
+        lengths=mixture._lengths,
+    )
     for number, batches in reversed(list(zip(numbers, before, strict=True))):
         assert again.epoch(number) == batches
 
@@ -199,3 +217,19 @@ def test_schedules_that_cannot_be() -> None:
         schedule({"a": 1, "b": 1}, {"a": 1}, "uniform")
     with pytest.raises(ConfigError, match="no task has none"):
         schedule({}, 1, "uniform")
+
+
+def test_batches_of_similar_lengths_hold_little_padding_and_still_differ_between_epochs() -> None:
+    size, draw = 5000, random.Random(0)
+    lengths = [max(3, int(draw.lognormvariate(3, 0.7))) for _ in range(size)]
+    padding = []
+    for grouped in (None, {"a": lengths}):
+        mixture = schedule({"a": size}, 16, "proportional", lengths=grouped)
+        batches = [indexes for _, indexes in mixture.epoch(0)]
+        taken = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
+        padding.append(1 - sum(lengths) / taken)
+        assert [indexes for _, indexes in mixture.epoch(1)] != batches
+    assert padding[0] > 0.5
+    assert padding[1] < 0.15
+    first = [lengths[batch[0]] for batch in batches[:50]]
+    assert first != sorted(first), "long and short batches come in any order"

@@ -370,6 +370,6 @@ def test_a_sealed_model_serves_what_it_computes(tmp_path: Path, trunk_folder: Fo
     model.taskmodels_dict["topic"].config.id2label = {0: "bad", 1: "good", 2: "fine"}
     with pytest.raises(ConfigError, match="trained on the labels"):
         to_checkpoint(model, tmp_path / "y", options, tokenizer_json=TOKENIZER_JSON, source="random")
-    wrong = {"choice": ("classification", {"labels": labels})}
+    wrong = {"choice": ("classification", {"labels": labels, **short})}
     with pytest.raises(ConfigError, match="is a BertForMultipleChoice, which classification"):
         to_checkpoint(model, tmp_path / "y", wrong, tokenizer_json=TOKENIZER_JSON, source="random")

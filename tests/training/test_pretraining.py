@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from mtserve.backends.eager import EagerBackend, padded
 from mtserve.engine import Engine, Task
@@ -22,6 +22,7 @@ from mtserve.text import Text, text_spec
 from tests.test_contract import stock_logits
 from tests.tiny import CORPUS, EOS, FAMILIES, PAD, TOKENIZER_JSON, tiny
 from training.pretraining import TRAINING_KINDS, MaskedLM, MaskedLMExample, MaskedLMOptions, load_head
+from training.trainer.learner import Learned, Learner, collate
 from training.trainer.optimizer import parameter_groups
 
 KIND, OPTIONS = MaskedLM(), MaskedLMOptions(max_length=48)
@@ -96,6 +97,51 @@ def test_the_head_that_a_folder_was_pretrained_with_can_be_kept(tmp_path: Path) 
     with torch.no_grad():
         ours = model("mlm", ids, torch.ones_like(ids), torch.zeros_like(ids))
         assert torch.equal(ours, stock(ids, attention_mask=torch.ones_like(ids)).logits)
+
+
+def test_an_output_matrix_of_its_own_is_read_too_and_tokens_added_by_the_run_stay_fresh(tmp_path: Path) -> None:
+    """A language model whose output matrix is not tied would else learn to speak from nothing."""
+    torch.manual_seed(0)
+    raw = {**FAMILIES["llama"], "tie_word_embeddings": False}
+    stock = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **raw)).eval()
+    stock.save_pretrained(tmp_path)
+    model = Model(AutoModel.from_pretrained(tmp_path).eval())
+    words = model.trunk.config.vocab_size
+    model.trunk.resize_token_embeddings(words + 2)
+    kind = TRAINING_KINDS["generation"]
+    model.add("forth", kind.head(kind.options()))
+    fresh = model.head_tensors("forth")["lm_head.weight"].clone()
+    assert load_head(model, "forth", tmp_path)
+    loaded = model.head_tensors("forth")["lm_head.weight"]
+    assert torch.equal(loaded[:words], stock.lm_head.weight)
+    assert torch.equal(loaded[words:], fresh[words:])
+
+
+def test_a_loss_of_counted_positions_is_the_loss_of_all() -> None:
+    """Only positions with a target go through a head as wide as the vocabulary."""
+    torch.manual_seed(0)
+    raw = {**FAMILIES["bert"], "vocab_size": TEXT.vocab_size}
+    model = Model(AutoModel.from_config(AutoConfig.for_model("bert", **raw)))
+    model.add("words", KIND.head(OPTIONS))
+    learner = Learner(model, {"words": Learned(KIND, OPTIONS)}).eval()
+    given = [KIND.corrupt(*features(text), np.random.default_rng(0)) for text in (LONG, "the parcel", LONG[:90])]
+    given.append(tuple([*one, *other] for one, other in zip(given[0], given[1], strict=True)))  # two windows
+    batch = collate(given, pad_id=PAD)
+    found = learner("words", **batch)["loss"]
+    ids, mask, types = (batch[name] for name in ("input_ids", "attention_mask", "token_type_ids"))
+    whole = KIND.loss(model("words", ids, mask, types), batch["rows"], batch["targets"], OPTIONS)
+    assert float(found) == pytest.approx(float(whole), rel=1e-6)
+    other = tiny("gpt2", only=("forth",))
+    task = other.engine.task("forth")
+    pairs = [
+        task.kind.labelled(text="good bad", target="fine"),
+        task.kind.labelled(text="one", target="red green blue"),
+    ]
+    batch = collate([task.kind.features(pair, task.options, other.text) for pair in pairs], pad_id=PAD)
+    found = Learner(other.model, {"forth": Learned(task.kind, task.options)}).eval()("forth", **batch)["loss"]
+    ids, mask, types = (batch[name] for name in ("input_ids", "attention_mask", "token_type_ids"))
+    whole = task.kind.loss(other.model("forth", ids, mask, types), batch["rows"], batch["targets"], task.options)
+    assert float(found) == pytest.approx(float(whole), rel=1e-6)
 
 
 def test_what_is_hidden_is_the_target_and_nothing_else_changes() -> None:

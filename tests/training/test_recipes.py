@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2Model
 
 import mtserve
 from mtserve.preparation import PRESETS
+from mtserve.text import Text
 from tests.shared_data import DATA, ROOT, needs_data
 from tests.tiny import FAMILIES, TOKENIZER_JSON
 from tests.training.test_arabic import write_arabert
@@ -30,7 +32,7 @@ FORMS = {
     "arabic_ner": ("hub", "data_dir"),
     "continue_pretraining": ("hub", "data_dir"),
     "glue_trio": ("hub", "data_dir"),
-    "shakespeare": ("strap", "parallel"),
+    "shakespeare": ("strap", "local", "judge"),
 }
 STRAP = ROOT / "tests" / "fixtures" / "strap"
 QUICK = ("training.max_steps=3", "resamples=20", "calibration_rows=4", "golden_rows=1", "training.logging_steps=1")
@@ -99,7 +101,7 @@ def test_these_are_the_recipes() -> None:
 def test_every_form_parses_and_says_what_it_is(recipe: str, form: str) -> None:
     found = config(recipe, form)
     assert found.seed == 0
-    assert found.training.learning_rate < 1e-4
+    assert found.training.learning_rate <= 2e-4
     text = find(recipe).read_text(encoding="utf-8")
     assert f"python -m training {recipe}" in text
     documented = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -110,14 +112,16 @@ def test_every_form_parses_and_says_what_it_is(recipe: str, form: str) -> None:
 def test_a_data_dir_chooses_its_form() -> None:
     assert read_config(find("glue_trio"), ["data_dir=anywhere"]).trunk.endswith("MiniLM-L6-v2")
     assert config("glue_trio", "hub").trunk == "FacebookAI/roberta-base"
-    assert read_config(find("shakespeare"), ["data_dir=anywhere"]).tasks["style"].train.format == "parallel"
+    assert read_config(find("shakespeare"), ["data_dir=anywhere"]).tasks["to_original"].train.format == "parallel"
     assert read_config(find("shakespeare"), ["data_dir=anywhere", "form=strap"]).tasks["style"].train.format == "strap"
 
 
 def test_the_shakespeare_recipe_is_the_notebooks() -> None:
     made = config("shakespeare", "strap").training
     assert (made.learning_rate, made.epochs, made.optimizer, made.scheduler) == (1e-5, 3, "adafactor", "linear")
-    assert made.batch_size * made.gradient_accumulation == 64
+    assert (made.batch_size, made.gradient_accumulation) == (2, 32)
+    assert config("shakespeare", "strap").trunk == "openai-community/gpt2-large"
+    assert list(config("shakespeare", "strap").special_tokens.values()) == ["<bos>", "<eos>", "<pad>", "<cls>"]
 
 
 @needs_data
@@ -152,24 +156,66 @@ def test_glue_trio_on_data_sets_with_the_hubs_columns(tmp_path: Path, english: P
     served(result)
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_shakespeare_from_paraphrases(
-    tmp_path: Path, english: Path, trunk_folder: Callable[[str], Path], family: str
-) -> None:
-    trunk = english if family == "bert" else trunk_folder(family)
-    short = "tasks.style.options.max_length=96"
-    result = run("shakespeare", tmp_path / "out", "form=strap", f"data_dir={STRAP}", f"trunk={trunk}", short)
-    assert sizes(result) == {"style": (20, 8, 8)}
-    assert served(result).task("style").options.labels == ("modern", "original", "translate")
+SHORT = [f"tasks.{task}.options.max_length=64" for task in ("to_original", "to_modern", "style")]
+SHORT += [f"tasks.{task}.options.max_new_tokens=12" for task in ("to_original", "to_modern")]
+
+
+def test_shakespeare_from_paraphrases(tmp_path: Path, trunk_folder: Callable[[str], Path]) -> None:
+    """Both directions and the three classes on one GPT-2 with the notebook's four special tokens."""
+    trunk = trunk_folder("gpt2")
+    result = run("shakespeare", tmp_path / "out", "form=strap", f"data_dir={STRAP}", f"trunk={trunk}", *SHORT)
+    assert sizes(result) == {"to_original": (5, 2, 2), "to_modern": (5, 2, 2), "style": (20, 8, 8)}
+    engine = served(result)
+    assert engine.task("style").options.labels == ("modern", "original", "translate")
+    assert engine.task("style").options.pooling == "last"
     assert result.scores["style"].baseline["accuracy"] == 0.5
-    assert set(result.test) == {"style"}
+    assert set(result.test) == {"to_original", "to_modern", "style"}
+    text, old = engine.text, Text(TOKENIZER_JSON, result.engine.text.spec)
+    added = [text.literal(token)[0] for token in ("<bos>", "<eos>", "<pad>", "<cls>")]
+    assert added == list(range(old.vocab_size, old.vocab_size + 4))
+    assert (text.spec.eos_id, text.spec.pad_id) == (added[1], added[2])
+    (translated,) = engine.prepare_all("to_original", ["one <bos> two"])
+    assert translated.prompt[0].ids[-1] == added[0]
+    assert translated.prompt[0].ids.tolist().count(added[0]) == 1, "special tokens inside a caller's text are text"
+    (classified,) = engine.prepare_all("style", ["one two"])
+    assert classified.prompt[0].ids[-1] == added[3]
+    assert result.checkpoint.manifest.trunk.parameters == sum(
+        p.numel() for p in AutoModel.from_pretrained(result.folder / "trunk").parameters()
+    )
 
 
 @needs_data
-def test_shakespeare_from_aligned_text(tmp_path: Path, english: Path) -> None:
-    result = run("shakespeare", tmp_path / "out", f"data_dir={DATA}", f"trunk={english}", "limit=200")
-    assert sizes(result) == {"style": (200, 200)}
-    assert served(result).task("style").options.labels == ("modern", "original")
+def test_shakespeare_from_paraphrases_on_gpt2s_own_vocabulary(tmp_path: Path) -> None:
+    """The ids that the notebook prints: 50257 to 50260."""
+    trunk = tmp_path / "gpt2"
+    torch.manual_seed(0)
+    GPT2Model(GPT2Config(n_embd=16, n_layer=1, n_head=2)).save_pretrained(trunk)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(DATA / "tokenizers" / "gpt2" / name, trunk / name)
+    result = run("shakespeare", tmp_path / "out", "form=strap", f"data_dir={STRAP}", f"trunk={trunk}")
+    text = served(result).text
+    assert [text.literal(f"<{name}>") for name in ("bos", "eos", "pad", "cls")] == [[50257], [50258], [50259], [50260]]
+
+
+@needs_data
+def test_shakespeare_from_aligned_text(tmp_path: Path, english: Path, trunk_folder: Callable[[str], Path]) -> None:
+    """The judge, then the translator with it and with the untrained trunk beside."""
+    data = (f"data_dir={DATA}", "limit=60")
+    judge = run("shakespeare", tmp_path / "judge", "form=judge", f"trunk={english}", *data)
+    assert served(judge).task("style").options.labels == ("modern", "original")
+    ends = [f"tasks.{task}.options.template='{{source}} [SEP]{{target}}'" for task in ("to_original", "to_modern")]
+    changes = [*data, *SHORT, *ends, f"tasks.to_original.judge.checkpoint={tmp_path / 'judge'}"]
+    asked = ["tasks.to_original.zero_shot='{source}{target}'", "tasks.style.options.append=''", "on_bad_record=skip"]
+    result = run(
+        "shakespeare", tmp_path / "out", f"trunk={trunk_folder('gpt2')}", *changes, *asked, "training.freeze=[]"
+    )
+    assert min(sizes(result)["to_original"]) > 40
+    engine = served(result)
+    assert set(engine.tasks) == {"to_original", "to_modern", "style"}
+    found = result.scores["to_original"]
+    assert set(found.baselines) == {"majority", "copy", "zero-shot"}
+    assert {"bleu", "chrf", "pinc", "copy_rate", "style_accuracy"} <= set(found.metrics)
+    assert engine.task("style").options.pooling == "last"
 
 
 @needs_data
@@ -253,10 +299,10 @@ def test_continued_pretraining_gives_a_trunk_for_the_next_run(tmp_path: Path, en
     before = AutoModel.from_pretrained(english).get_input_embeddings().weight
     assert not torch.equal(adapted.get_input_embeddings().weight, before)
     assert not (tmp_path / "adapted" / "mtserve.json").exists()
-    next_run = run(
-        "shakespeare", tmp_path / "out", "form=strap", f"data_dir={STRAP}", f"trunk={tmp_path / 'adapted'}",
-    )  # fmt: skip
-    assert served(next_run).task("style").options.labels == ("modern", "original", "translate")
+    for original in (text / "shakespeare" / "raw").glob("*.original"):
+        original.with_suffix(".modern").write_text(original.read_text(encoding="utf-8").upper(), encoding="utf-8")
+    next_run = run("shakespeare", tmp_path / "out", "form=judge", f"data_dir={text}", f"trunk={tmp_path / 'adapted'}")
+    assert served(next_run).task("style").options.labels == ("modern", "original")
 
 
 @needs_data

@@ -26,7 +26,7 @@ from training.run import train
 from training.runfile import read_config
 from training.trainer import deadline
 from training.trainer.arguments import ARGUMENTS, RUN_KEYS
-from training.trainer.fit import TaskRun, Trained, fit
+from training.trainer.fit import TaskRun, Trained, arguments, fit
 from training.trainer.learner import Learned
 from training.trainer.weighing import loss_terms
 
@@ -147,6 +147,14 @@ def test_half_precision(plain: tuple[Trained, Weights]) -> None:
     if not torch.accelerator.is_available():
         with pytest.raises(ConfigError, match=r"fp16 would change nothing on a CPU, .* allowed: bf16"):
             trained(fp16=True)
+
+
+def test_half_precision_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for found, wanted in (({"amx_bf16": True}, True), ({"avx512_bf16": True}, True), ({"avx2": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        assert arguments(Training(bf16="auto"), seed=0, folder=Path()).bf16 is wanted
+        assert arguments(Training(bf16=not wanted), seed=0, folder=Path()).bf16 is not wanted
 
 
 def test_checkpointed_activations_change_nothing(plain: tuple[Trained, Weights]) -> None:

@@ -189,7 +189,7 @@ def test_shakespeare_can_be_served(shakespeare: Any, tmp_path: Path) -> None:
     end = ("<cls>", tokenizer.cls_token_id)
     backend.post_processor = processors.TemplateProcessing(single="$A <cls>", pair="$A $B <cls>", special_tokens=[end])
     tasks: dict[str, Any] = {
-        "translate": ("generation", {"template": "{text}<bos>", "max_new_tokens": 24, "max_length": 48}),
+        "translate": ("generation", {"template": "{source}<bos>{target}", "max_new_tokens": 24, "max_length": 48}),
         "classify": ("classification", {"labels": list(styles), "max_length": 48}),
     }
     golden = {"translate": NEUTRAL[:2], "classify": MODERN[:2]}

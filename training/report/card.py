@@ -12,7 +12,7 @@ import yaml
 from training.config import RunConfig
 from training.data.audit import Audit
 from training.data.splits import TaskData
-from training.report.evaluate import Scores, table
+from training.report.evaluate import Scores, signed, table
 from training.report.tables import Line, fenced, markdown
 
 _LABELS_SHOWN = 12
@@ -20,6 +20,7 @@ _HUB = {
     "classification": "text-classification",
     "similarity": "sentence-similarity",
     "generation": "text-generation",
+    "bleu_lower": "bleu",
     "macro_f1": "f1",
     "micro_f1": "f1",
     "mcc": "matthews_correlation",
@@ -55,7 +56,7 @@ def card(
         "## Tasks",
         markdown([("task", "kind", "labels"), *(_task(name, of) for name, of in data.items())]),
         "## Evaluation",
-        *_evaluation(scores, test),
+        *_evaluation(config, scores, test),
         *(part for name, found in scores.items() for part in _by_label(name, found, figures)),
         "## Use",
         fenced(_usage(config, data), "python"),
@@ -102,11 +103,18 @@ def _task(name: str, data: TaskData) -> Line:
     return name, data.kind.name, ", ".join(labels[:_LABELS_SHOWN]) + more
 
 
-def _evaluation(scores: Mapping[str, Scores], test: Mapping[str, Scores]) -> Iterator[str]:
+def _evaluation(config: RunConfig, scores: Mapping[str, Scores], test: Mapping[str, Scores]) -> Iterator[str]:
     yield (
-        "Through the serving engine. Beside each value stands what needs no model: `majority`, the constant answer "
-        "that the training labels suggest, and `copy`, the input given back, where that can be an answer."
+        "Through the serving engine. Beside each value stands what needs no training: `majority`, the constant answer "
+        "that the training labels suggest, `copy`, the input given back, and `zero-shot`, the trunk before training "
+        "under a template of its own, where these can be an answer."
     )
+    yield "\n".join(f"- {line}" for line in signed(scores))
+    for name, judge in ((name, task.judge) for name, task in config.tasks.items() if task.judge is not None):
+        yield (
+            f"`style_accuracy` of {name}: answers that the task {judge.task} of `{judge.checkpoint}` calls "
+            f"{judge.label}; `_targets` real targets that it calls so, `_sources` real sources that it does not."
+        )
     drawn: dict[int, list[str]] = {}
     for name, one in scores.items():
         drawn.setdefault(one.resamples, []).append(name)

@@ -7,28 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mtserve.engine import Engine
-from mtserve.errors import ConfigError
-from mtserve.tasks.base import Example
 from mtserve.tasks.measures import LabelScores, Metrics, Outcomes
+from mtserve.tasks.overlap import signatures
 from training.data.splits import TaskData
+from training.report.answers import answers, examples_of
+from training.report.beside import NOTHING, Beside
 from training.report.tables import Line
 
-_EXAMPLES_AT_ONCE = 1024
-_MASKED_TOKENS_AT_ONCE = 4096
+_BASELINES = ("majority", "copy", "zero-shot")
 
 
 @dataclass(frozen=True)
 class Scores:
     """A task's metrics on one of its splits; `metric` names the one that stands for the task.
 
-    baselines   the same metrics of answers that need no model: `majority`, the constant that the training labels
-                suggest (the mean of scores, no spans), and `copy`, the input itself where that can be an answer
+    baselines   the same metrics of answers that need no training: `majority`, the constant that the training labels
+                suggest (the mean of scores, no spans), `copy`, the input itself where that can be an answer, and
+                `zero-shot`, what the untrained trunk says
     intervals   (low, high) of each metric: 95 % by a bootstrap of so many `resamples`; empty without
     report      scores of each label, of kinds that have labels
     confusion   counts [true][given] in the order of the task's labels, where an example has one label
@@ -50,34 +50,59 @@ class Scores:
         return self.baselines["majority"]
 
 
-def evaluate(engine: Engine, name: str, data: TaskData, *, split: str = "eval", resamples: int = 0) -> Scores:
+def evaluate(
+    engine: Engine, name: str, data: TaskData, *, split: str = "eval", resamples: int = 0, beside: Beside = NOTHING
+) -> Scores:
     """Predict a whole split as a caller would, and score it. Raises ConfigError for a split that the task lacks."""
+    return scored(answers(engine, name, data, split=split), name, data, split=split, resamples=resamples, beside=beside)
+
+
+def scored(
+    predictions: Sequence[Any],
+    name: str,
+    data: TaskData,
+    *,
+    split: str = "eval",
+    resamples: int = 0,
+    beside: Beside = NOTHING,
+) -> Scores:
+    """Scores of predictions, one an example of the split in its order. A judge's metrics are of the same kind as the
+    task's own: with intervals, and of each baseline. Raises ConfigError as `evaluate`."""
     kind, options, train = data.kind, data.options, data.train
-    examples = _examples(name, data, split)
-    predictions = _predictions(engine, name, data, examples)
-    outcomes = kind.outcomes(predictions, examples, options)
-    answers = {"majority": kind.constants(predictions, train.examples, train.features, options)}
+    examples = examples_of(name, data, split)
+    given = {"majority": kind.constants(predictions, train.examples, train.features, options)}
     copies = [kind.copied(example, options) for example in examples]
     if copies[0] is not None:
-        answers["copy"] = copies
-    score = partial(kind.score, options=options)
+        given["copy"] = copies
+    if split in beside.zero_shot:
+        given["zero-shot"] = list(beside.zero_shot[split])
+    judged = {} if beside.judge is None else beside.judge.judged(predictions, examples)
+    own = kind.outcomes(predictions, examples, options)
+
+    def score(outcomes: Outcomes) -> Metrics:
+        opinions = zip(judged, outcomes[len(own) :], strict=True)
+        return kind.score(outcomes[: len(own)], options) | {metric: float(one.mean()) for metric, one in opinions}
+
+    outcomes = (*own, *judged.values())
     return Scores(
         metric=kind.metric,
         metrics=score(outcomes),
-        baselines={which: kind.metrics(given, examples, options) for which, given in answers.items()},
+        baselines={
+            which: kind.metrics(one, examples, options) | ({} if beside.judge is None else beside.judge.metrics(one))
+            for which, one in given.items()
+        },
         split=split,
         examples=len(examples),
         resamples=resamples,
         intervals=intervals(score, outcomes, resamples=resamples) if resamples else {},
-        report=kind.report(outcomes, options),
-        confusion=kind.confusion(outcomes, options),
+        report=kind.report(own, options),
+        confusion=kind.confusion(own, options),
     )
 
 
 def measure(engine: Engine, name: str, data: TaskData, *, split: str = "eval") -> Metrics:
     """The metrics alone: what an evaluation during training needs. Raises ConfigError as `evaluate`."""
-    examples = _examples(name, data, split)
-    return data.kind.metrics(_predictions(engine, name, data, examples), examples, data.options)
+    return data.kind.metrics(answers(engine, name, data, split=split), examples_of(name, data, split), data.options)
 
 
 def intervals(
@@ -97,31 +122,20 @@ def table(scores: Mapping[str, Scores], *, all_metrics: bool = False) -> list[Li
 
     A column that no task fills is left out.
     """
-    columns = ["task", "metric", "value", "95% interval", "majority", "copy"]
+    columns = ("task", "metric", "value", "95% interval", *_BASELINES)
     lines = []
     for task, found in scores.items():
         names = [found.metric, *sorted(found.metrics.keys() - {found.metric})] if all_metrics else [found.metric]
         for name in names:
             low_high = " to ".join(f"{limit:.3f}" for limit in found.intervals.get(name, ()))
-            values = {which: f"{metrics[name]:.3f}" for which, metrics in found.baselines.items()}
-            cells = (task, name, f"{found.metrics[name]:.3f}", low_high, values["majority"], values.get("copy", ""))
-            lines.append(cells)
+            values = ({name: found.metrics[name]}, *(found.baselines.get(which, {}) for which in _BASELINES))
+            value, *others = (f"{of[name]:.3f}" if name in of else "" for of in values)
+            lines.append((task, name, value, low_high, *others))
     kept = [at for at in range(len(columns)) if any(line[at] for line in lines)]
     return [tuple(line[at] for at in kept) for line in (columns, *lines)]
 
 
-def _examples(name: str, data: TaskData, split: str) -> list[Example]:
-    if split not in data.splits:
-        raise ConfigError(f"tasks.{name} has no split {split!r}; it has {', '.join(data.splits)}")
-    return list(data.splits[split].examples)
-
-
-def _predictions(engine: Engine, name: str, data: TaskData, examples: Sequence[Example]) -> list[Any]:
-    """In parts, so that the rows and logits of a part only are in memory: of masked tokens fewer, since each position
-    of a row has logits as wide as the vocabulary."""
-    kind, options, size = data.kind, data.options, _EXAMPLES_AT_ONCE
-    if kind.head(options).architecture == "masked_lm":
-        size = max(1, _MASKED_TOKENS_AT_ONCE // options.max_length)
-    inputs = [kind.unlabelled(example) for example in examples]
-    parts = (engine.predict(name, inputs[at : at + size]) for at in range(0, len(inputs), size))
-    return [prediction for part in parts for prediction in part]
+def signed(scores: Mapping[str, Scores]) -> list[str]:
+    """sacreBLEU's signatures, a sentence each, if any of the scores are its."""
+    shown = any("bleu" in one.metrics for one in scores.values())
+    return [f"{metric}: sacreBLEU {signature}" for metric, signature in signatures().items()] if shown else []

@@ -6,18 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import mtserve
-from mtserve.backends.eager import EagerBackend
 from mtserve.checkpoint import Checkpoint
-from mtserve.engine import Engine, Task
-from mtserve.errors import ConfigError
-from mtserve.golden import golden_rows
-from mtserve.heads import StockHead
+from mtserve.interop.assemble import put_stock, seal_tasks, task_options
 from mtserve.model import Model
-from mtserve.sealing import seal
-from mtserve.tasks import KINDS
-from mtserve.text import Text, text_spec
-from mtserve.weights import task_part, trunk_part
+from mtserve.text import text_spec
 from training.stock.multitask import MultitaskModel
 
 
@@ -41,37 +33,18 @@ def to_checkpoint(
     config = model.eval().config
     ends = config.eos_token_id
     end = ends[0] if isinstance(ends, list) else ends
-    spec = text_spec(tokenizer_json, pad_id=config.pad_token_id or 0, eos_id=end)
     served = Model(model.encoder).eval()
-    made = [_served(model, served, name, kind=kind, options=raw) for name, (kind, raw) in tasks.items()]
-    engine = Engine(made, EagerBackend(served, pad_id=spec.pad_id), Text(tokenizer_json, spec))
-    parts = []
-    for task in made:
-        rows = golden_rows(engine, task.name, [task.kind.parse(item) for item in (golden or {}).get(task.name, ())])
-        parts.append(task_part(served, task.name, kind=task.kind.name, options=task.options, golden=rows))
-    return seal(
+    made = []
+    for name, (kind, raw) in tasks.items():
+        chosen = task_options(name, kind, raw)
+        made.append(put_stock(served, name, kind=kind, options=chosen, stock=model.taskmodels_dict[name]))
+    return seal_tasks(
         Path(folder),
-        trunk_part(served, source=source),
-        tasks=parts,
+        served,
+        tasks=made,
+        golden=golden or {},
         tokenizer_json=tokenizer_json,
-        text=spec,
-        provenance={},
+        text=text_spec(tokenizer_json, pad_id=config.pad_token_id or 0, eos_id=end),
+        source=source,
         card=card,
-        written_by=f"mtserve {mtserve.__version__}",
     )
-
-
-def _served(model: MultitaskModel, served: Model, name: str, *, kind: str, options: Mapping[str, Any]) -> Task:
-    """Put a task's head on the serving model."""
-    stock = model.taskmodels_dict[name]
-    parsed = KINDS[kind].options.model_validate(options)
-    spec = KINDS[kind].head(parsed)
-    head = served.add(name, spec, config=stock.config)
-    if not isinstance(head, StockHead) or type(head.stock) is not type(stock):
-        raise ConfigError(f"task {name!r} is a {type(stock).__name__}, which {kind} with these options does not use")
-    named = [stock.config.id2label[index] for index in range(stock.config.num_labels)]
-    if spec.labels and named != [f"LABEL_{index}" for index in range(len(named))] and named != list(spec.labels):
-        raise ConfigError(f"task {name!r} was trained on the labels {named}; the options have {list(spec.labels)}")
-    tied, state = served.tied(name), stock.state_dict()
-    served.load_head(name, {key: state[key] for key in served.head_state(name) if key not in tied}, tied)
-    return Task(name, KINDS[kind], parsed)

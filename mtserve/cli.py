@@ -52,7 +52,7 @@ def train(
 
 @app.command()
 def serve(
-    models: Annotated[list[str], typer.Argument(help="Checkpoints: folders or hub ids, all in one process.")],
+    models: Annotated[list[str], typer.Argument(help="Folders or hub ids; PREFIX=LOCATION names tasks PREFIX.TASK.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 3000,
 ) -> None:
@@ -136,7 +136,8 @@ def demo(
 ) -> None:
     """mtserve demo --check
 
-    Train five small tasks on one packaged encoder, serve them, show a call and its answer for each.
+    Train five small tasks on a packaged encoder and style translation on a packaged language model, serve both, show a
+    call and its answer for each.
     """
     from mtserve.demo.run import run_demo
 

@@ -112,7 +112,7 @@ class Training(Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     max_grad_norm: float = Field(default=1.0, ge=0)
     scheduler: str = Field(default="linear", description="As in TrainingArguments.lr_scheduler_type.")
-    bf16: Literal[True, False, "auto"] = Field(default=False, description="auto: where the device multiplies it by itself.")
+    bf16: Literal[True, False, "auto"] = Field(default=False, description="auto: where the device multiplies bf16.")
     fp16: bool = False
     logging_steps: int = Field(default=10, ge=1)
     eval_steps: int | None = Field(default=None, ge=1, description="Steps between evaluations; none means at the end.")

@@ -22,7 +22,7 @@ import numpy as np
 
 from mtserve.backends.base import Backend
 from mtserve.batching import Batch, plan
-from mtserve.errors import InputError, Problem, UnknownTaskError
+from mtserve.errors import ConfigError, InputError, Problem, UnknownTaskError
 from mtserve.rows import Row
 from mtserve.tasks.base import AnyKind, Example, Options, Work, fits, room
 from mtserve.tasks.validation import validate
@@ -52,7 +52,7 @@ class Counters:
 
 
 class Engine:
-    """All tasks of one trunk."""
+    """All tasks of one trunk. Raises ConfigError for a task whose options do not go with the tokenizer."""
 
     def __init__(
         self,
@@ -68,6 +68,11 @@ class Engine:
         self.text = text
         self.max_batch_tokens = max_batch_tokens
         self.max_past_tokens = max_past_tokens
+        for task in self.tasks.values():
+            try:
+                task.kind.check_text(task.options, text)
+            except ConfigError as error:
+                raise ConfigError(f"task {task.name!r}: {error}") from error
         self.counters = Counters()  # only `step` writes it
 
     def task(self, name: str) -> Task:
@@ -146,7 +151,7 @@ class Engine:
         task = self.tasks[work.task]
         try:
             finished = task.kind.advance(work, task.options, self.text)
-        except (ArithmeticError, ValueError, IndexError) as error:  # logits that are no numbers
+        except Exception as error:  # logits that are no numbers, say; it must harm no other work, and no step half done
             work.error, finished = error, True
         if finished:
             work.rows = []  # what the backend kept for it is free

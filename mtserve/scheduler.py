@@ -9,7 +9,8 @@ Invariants (tests/test_scheduler.py holds them):
     cannot help, so the answer does not depend on the load.
 3.  A round takes waiting works and steps them alone; then every running work (of many steps, those that just began
     among them) takes one step. What a step finished is delivered, and what it has to read along is told, before the
-    next one. So a work that comes while others run waits for at most the step under way, and for its own.
+    next one. So a work that comes while others run waits for the step under way, and for one of the running works if
+    that was one of new works; then its own step comes.
     Works start in the order in which they were accepted; a round takes what fits the engine's token budget, or
     `interleave_tokens` while others run, counted in pending tokens of distinct rows, and at least one work; a work
     without a new row always fits. So equal rows that stand next to each other in the queue are encoded once.
@@ -39,15 +40,15 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from itertools import count
 from typing import Any, Protocol
 
-from mtserve.errors import CapacityError, DeadlineError, MtserveError, OverloadedError, TooLargeError
+from mtserve.errors import CapacityError, MtserveError, OverloadedError, TooLargeError
 from mtserve.tasks.base import Work, fits
+from mtserve.ticket import Ticket, late
 
 DEFAULT_QUEUE_TOKENS = 262_144
 DEFAULT_TIMEOUT_S = 60.0
@@ -82,65 +83,6 @@ class Stepper(Protocol):
     def finish(self, work: Work) -> Any:
         """The prediction of a finished work. Raises what went wrong with it."""
         ...
-
-
-class Ticket:
-    """An accepted request. Times are of `time.monotonic`; `started` is None while all its works wait."""
-
-    def __init__(self, scheduler: Scheduler, works: Sequence[Work], *, deadline: float, stream: bool) -> None:
-        self.works = tuple(works)
-        self.deadline = deadline
-        self.accepted = time.monotonic()
-        self.started: float | None = None
-        self.waiting = self.unfinished = len(self.works)  # not started; not finished
-        self.over = False
-        self.future: Future[list[Any]] = Future()
-        self.future.set_running_or_notify_cancel()  # from here on only the scheduler settles it
-        self.loop = asyncio.get_running_loop() if stream else None  # where the request is read along
-        self._events: asyncio.Queue[list[Any] | None] = asyncio.Queue()
-        self._scheduler = scheduler
-
-    async def result(self) -> list[Any]:
-        """The predictions in the order of the works. Raises DeadlineError, or what the request failed with.
-
-        Cancelling the caller withdraws the request.
-        """
-        try:
-            async with asyncio.timeout(self.deadline - time.monotonic()):
-                return await asyncio.wrap_future(self.future)
-        except TimeoutError as error:
-            raise _late() from error
-        finally:
-            self.withdraw()
-
-    async def events(self) -> AsyncGenerator[Any, None]:
-        """What `engine.emit` says of the works of a request accepted with `stream`, as it comes, until it is answered.
-
-        Raises as `result` does. Closing the iterator withdraws the request.
-        """
-        try:
-            while True:
-                async with asyncio.timeout(self.deadline - time.monotonic()):
-                    events = await self._events.get()
-                if events is None:
-                    break
-                for event in events:
-                    yield event
-            self.future.result()
-        except TimeoutError as error:
-            raise _late() from error
-        finally:
-            self.withdraw()
-
-    def tell(self, events: list[Any] | None) -> None:
-        """Hand events over to whoever reads along, from any thread; None is the end."""
-        if self.loop is not None:
-            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
-                self.loop.call_soon_threadsafe(self._events.put_nowait, events)
-
-    def withdraw(self) -> None:
-        """Give the request up: no work of it takes another step. Does nothing to one that is answered."""
-        self._scheduler.withdraw(self)
 
 
 class Scheduler:
@@ -188,7 +130,7 @@ class Scheduler:
             async with asyncio.timeout(deadline - time.monotonic()):
                 return await asyncio.get_running_loop().run_in_executor(self._pool, call)
         except TimeoutError as error:
-            raise _late() from error
+            raise late() from error
 
     def accept(self, works: Sequence[Work], *, deadline: float | None = None, stream: bool = False) -> Ticket:
         """Queue a request; one to be read along by `Ticket.events` is queued from the event loop that will read.
@@ -196,7 +138,7 @@ class Scheduler:
         Raises OverloadedError, TooLargeError, or CapacityError when closing; nothing runs then.
         """
         deadline = time.monotonic() + self.timeout_s if deadline is None else deadline
-        ticket = Ticket(self, works, deadline=deadline, stream=stream)
+        ticket = Ticket(self.withdraw, works, deadline=deadline, stream=stream)
         tokens = sum(work.tokens for work in ticket.works)
         with self._changed:
             self._refuse(tokens)
@@ -371,10 +313,6 @@ def _drop(works: dict[Work, Ticket]) -> None:
     for work in [work for work, ticket in works.items() if ticket.over]:
         del works[work]
         work.rows = []
-
-
-def _late() -> DeadlineError:
-    return DeadlineError("the request was not answered within its time limit")
 
 
 def _closed() -> CapacityError:

@@ -135,6 +135,8 @@ class Text:
         added = self.special_tokens(pair=second is not None) + len(end)
         budget = limits.max_length - added
         total = len(first) + (0 if second is None else len(second))
+        if budget < (1 if second is None else 2):
+            raise InputError(f"no room for the text: special tokens take {added} of {limits.max_length} tokens")
         if total + added == 0:
             raise InputError("the text is empty, and this model's tokenizer makes no tokens of it")
         if total <= budget:
@@ -225,7 +227,8 @@ class Text:
                 own = [at for at, sequence in enumerate(full.sequence_ids) if sequence == number]
                 for at, span in zip(own, text.spans([offsets[at] for at in own]), strict=True):
                     offsets[at] = span
-        row = make_row(full.ids, full.type_ids, offsets, full.special_tokens_mask)
+        types = full.type_ids if self.spec.pair_separator is None else [0] * len(full.ids)  # no template gives any
+        row = make_row(full.ids, types, offsets, full.special_tokens_mask)
         return replace(row, part=part, cut=cut, window=window, first=first_token)
 
     def _windows(

@@ -19,6 +19,7 @@ LAYERS: list[set[str]] = [
     {"settings", "resolve", "preparation", "batching", "safetensors_file"},
     {"text"},
     {"tasks", "trunk"},
+    {"ticket"},
     {"heads"},
     {"model"},
     {"manifest"},

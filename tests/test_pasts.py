@@ -245,14 +245,14 @@ def test_what_grows_half_way_is_computed_anew(monkeypatch: pytest.MonkeyPatch) -
     rows = [row(words(10), past=Past())]
     answers(of, rows)
     longer = [rows[0].extended(words(80), past=rows[0].past)]
-    grow, done = type(of.pasts.layers[0]).grow, []
+    grow, done = type(of.pasts.layers[0]).resize, []
 
     def fails(layer: Any, *shape: int) -> None:
         if done:
             raise MemoryError
         done.append(grow(layer, *shape))
 
-    monkeypatch.setattr(type(of.pasts.layers[0]), "grow", fails)
+    monkeypatch.setattr(type(of.pasts.layers[0]), "resize", fails)
     with pytest.raises(MemoryError):
         answers(of, longer)
     assert longer[0].past is not None
@@ -389,3 +389,49 @@ def test_a_head_must_read_what_is_asked() -> None:
     assert StockHead(HeadSpec(**asked, reads="last"), model("llama").trunk.config).reads == "last"
     with pytest.raises(CheckpointError, match=r"bert .*reads 'pooled', not 'last'"):
         StockHead(HeadSpec(**asked, reads="last"), model("bert").trunk.config)
+
+
+def test_buffers_are_as_large_as_what_lives() -> None:
+    """Many short sequences, then one long one among few: not as many places as there were, each as long as the last."""
+    of = backend("llama")
+    rows = [row(words(6, seed), past=Past()) for seed in range(80)]
+    answers(of, rows)
+    assert of.pasts.shape == (80, 64)
+    kept = rows[60:63]
+    del rows
+    long = row(words(90, 99), past=Past())
+    found = answers(of, [*kept, long])
+    assert of.pasts.shape == (8, 128)
+    assert_plain(found, of, [*kept, long])
+    later = [one.extended([7], past=one.past) for one in (*kept, long)]
+    assert_plain(answers(of, later), of, later)
+
+
+def test_a_row_beyond_reach_counts_whole() -> None:
+    """Else a budget of pending tokens would let passes of whole rows through."""
+    of = backend("mistral")
+    long = row(words(11), past=Past())
+    answers(of, [long])
+    assert long.extended([7], past=long.past).pending == 1
+    longer = long.extended([7, 8], past=long.past)
+    answers(of, [longer])
+    assert longer.past is not None
+    assert longer.past.length == 0
+    assert longer.pending == 13
+
+
+def test_logits_of_a_row_are_its_own() -> None:
+    """A view would keep the logits of the whole batch alive for as long as one work."""
+    of = backend("llama")
+    for array in answers(of, [row(words(5, seed), past=Past()) for seed in range(9)]):
+        assert array.base is None
+
+
+def test_beginnings_are_not_shared_where_that_would_take_much_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    of, question = backend("llama"), words(30)
+    rows = [row([*question, 5 + at], shared=30) for at in range(5)]
+    answers(of, rows)
+    assert of.tokens == 30 + 5
+    monkeypatch.setattr("mtserve.backends.eager._MOST_SHARED", 100)
+    assert_plain(answers(of, rows), of, rows)
+    assert of.tokens > 35 + 5 * 31

@@ -29,6 +29,7 @@ DEMO = {
     "everyday": ("multiple_choice", {"max_length": 48}),
     "entities": ("token_classification", {"labels": ["person", "place"], "max_length": 48}),
 }
+STYLE = {"to_elizabethan": ("generation", {"max_length": 64, "max_new_tokens": 12})}
 
 
 def blocks(language: str) -> list[str]:
@@ -43,9 +44,10 @@ def commands(prefix: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory that holds `demo-checkpoint`."""
+    """A working directory that holds the demo's two checkpoints."""
     home = tmp_path_factory.mktemp("readme")
     write_checkpoint(home / "demo-checkpoint", tiny("bert", tasks=DEMO))
+    write_checkpoint(home / "demo-checkpoint-style", tiny("gpt2", tasks=STYLE))
     return home
 
 
@@ -96,17 +98,22 @@ def test_python(folder: Path, url: str) -> None:
 
 
 def test_curl(url: str) -> None:
-    found = commands("curl")
-    assert len(found) == 2
-    for command in found:
-        address, body = command[1], command[command.index("-d") + 1]
+    answers = []
+    for command in commands("curl"):
+        (address,) = [word for word in command if word.startswith("localhost:3000")]
         request = urllib.request.Request(
-            address.replace("localhost:3000", url), body.encode(), {"Content-Type": "application/json"}
+            address.replace("localhost:3000", url),
+            command[command.index("-d") + 1].encode(),
+            {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=30) as response:
-            answer = json.load(response)
-    assert set(answer["outputs"]) == {"intent", "sentiment", "entities"}
-    assert answer["usage"]["trunk_passes"] == 1
+            answers.append(response.read().decode())
+    one, three, streamed = answers
+    assert {entry["label"] for entry in json.loads(one)[0]} == {"billing", "delivery"}
+    assert set(json.loads(three)["outputs"]) == {"intent", "sentiment", "entities"}
+    assert json.loads(three)["usage"]["trunk_passes"] == 1
+    events = [json.loads(line.removeprefix("data: ")) for line in streamed.splitlines() if line]
+    assert "".join(event["token"]["text"] for event in events) == events[-1]["generated_text"]
 
 
 def test_run_file(tmp_path: Path) -> None:

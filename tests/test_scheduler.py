@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from mtserve.errors import CapacityError, DeadlineError, InputError, MtserveError, OverloadedError, TooLargeError
 from mtserve.rows import Past, make_row
-from mtserve.scheduler import Scheduler, Ticket
+from mtserve.scheduler import Scheduler
 from mtserve.tasks.base import Example, Parameters, Work
+from mtserve.ticket import Ticket
 
 
 class Job(Example):

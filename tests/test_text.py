@@ -198,3 +198,17 @@ def test_extended_rows_keep_their_prompt() -> None:
     assert longer.ids.tolist() == [*row.ids.tolist(), 7]
     assert longer.key != row.key
     assert longer.ids.dtype == np.int32
+
+
+def test_what_is_appended_is_never_cut() -> None:
+    for text in ("one", "one two three four five six seven"):
+        (row,) = TEXT.rows(text, limits=Limits(8, append="[SEP][UNK]"))
+        assert row.ids[-2:].tolist() == [*TEXT.literal("[SEP]"), *TEXT.literal("[UNK]")]
+        assert row.special[-2:].all()
+        assert len(row) <= 8
+    windows = TEXT.rows("one two three four five six seven eight nine", limits=Limits(8, "window", 1, append="[UNK]"))
+    assert len(windows) > 1
+    assert all(row.ids[-1] == TEXT.literal("[UNK]")[0] and len(row) <= 8 for row in windows)
+    for pair, least in ((None, 5), ("two", 7)):
+        with pytest.raises(InputError, match=rf"special tokens take {least - 1 - (pair is not None)} of 4 tokens"):
+            TEXT.rows("one", pair, limits=Limits(4, append="[SEP][UNK]"))

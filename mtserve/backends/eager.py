@@ -25,6 +25,7 @@ from mtserve.trunk import is_causal
 
 logger = logging.getLogger(__name__)
 
+_MOST_SHARED = 32_768  # tokens of the buffers while beginnings are shared; a larger batch is computed whole
 _WORTH_SHARING = 32  # tokens saved in a batch; a second pass for fewer costs more than it spares
 
 
@@ -94,7 +95,7 @@ class EagerBackend:
         return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
     def _run(self, batch: Batch) -> dict[str, list[Floats]]:
-        rows = [row if row.past is None or self._keeps(row) else replace(row, past=None) for row in batch.rows]
+        rows = [self._kept(row) for row in batch.rows]
         entire = {at for task, some in batch.wanted.items() if self.model.head(task).reads != "last" for at in some}
         groups = self._groups({at: row for at, row in enumerate(rows) if at not in entire})
         beginnings = [_beginning(rows[group[0]], rows[group[0]].shared, Past()) for group in groups]
@@ -128,6 +129,13 @@ class EagerBackend:
     def _keeps(self, row: Row) -> bool:
         return len(row) <= self._reach and self.keeps
 
+    def _kept(self, row: Row) -> Row:
+        """The row, without its past where that cannot be kept; the engine then plans with all of its tokens."""
+        if row.past is None or self._keeps(row):
+            return row
+        row.past.cut(0)
+        return replace(row, past=None)
+
     def _groups(self, rows: Mapping[int, Row]) -> list[list[int]]:
         """Rows without a past that begin alike, where encoding the beginnings once saves enough."""
         alike: dict[tuple[bytes, bytes], list[int]] = {}
@@ -136,9 +144,12 @@ class EagerBackend:
                 alike.setdefault((row.ids[: row.shared].tobytes(), row.type_ids[: row.shared].tobytes()), []).append(at)
         groups = [group for group in alike.values() if len(group) > 1]
         saved = sum(rows[group[0]].shared * (len(group) - 1) for group in groups)
-        if saved < _WORTH_SHARING or not all(self._keeps(rows[at]) for group in groups for at in group):
+        forked = [rows[at] for group in groups for at in group]
+        if saved < _WORTH_SHARING or not all(map(self._keeps, forked)):
             return []
-        return groups
+        longest = max(self.pasts.shape[1], *map(len, forked))
+        fits = (self.pasts.shape[0] + len(groups) + len(forked)) * longest <= _MOST_SHARED
+        return groups if fits else []
 
     def _computed(self, rows: Sequence[Row], known: Sequence[int]) -> TrunkStates:
         """One trunk pass over admitted rows, but for their first `known` tokens: (rows, longest rest, hidden)."""
@@ -168,7 +179,8 @@ class EagerBackend:
         if head.per_token and head.reads == "last":
             counts = [row.answers for row in rows]
             answers = head(states.answering(torch.tensor(counts, device=states.hidden.device)))[:, 0]
-            return np.split(answers.float().cpu().numpy(), np.cumsum(counts)[:-1])
+            parts = np.split(answers.float().cpu().numpy(), np.cumsum(counts)[:-1])
+            return [part.copy() for part in parts]  # a view would keep the logits of all rows alive with one work
         logits = head(states.gathered(head.reads)).float().cpu().numpy()  # (rows, n_out) or (rows, seq, n_out)
         if head.reads == "all" and head.per_token:
             return [array[: len(row)] for array, row in zip(logits, rows, strict=True)]

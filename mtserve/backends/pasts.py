@@ -11,8 +11,8 @@ Invariants (tests/test_pasts.py holds them):
 - slots know their pasts by weak references: a past may be dropped at any time, in any thread, and nobody is told. Who
   is left is found when a pass begins (`admit`); then the n that live are moved to the slots [0, n), so that a pass
   over all of them reads views, where one over a few of them gathers;
-- buffers are rectangles, of as many slots and tokens as are needed, rounded up a little, and go when nothing lives. If
-  growing fails half-way, all is forgotten, and computed anew.
+- buffers are rectangles: as many slots as pasts live, as long as the longest of them, both rounded up a little; and go
+  when nothing lives. If resizing fails half-way, all is forgotten, and computed anew.
 """
 
 from __future__ import annotations
@@ -86,11 +86,12 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not foll
         kept.flatten(0, 1).index_copy_(0, plan.into, flat if plan.new is None else flat[plan.new])
         return new if plan.slots is None else kept[plan.slots, : plan.length].transpose(1, 2)
 
-    def grow(self, slots: int, capacity: int) -> None:
+    def resize(self, slots: int, capacity: int) -> None:
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_zeros(slots, capacity, *old.shape[2:])
-            new[: old.shape[0], : old.shape[1]] = old
+            both = slice(min(slots, old.shape[0])), slice(min(capacity, old.shape[1]))
+            new[both] = old[both]
             setattr(self, name, new)
 
     def copy(self, source: Tensor, into: Tensor) -> None:
@@ -146,8 +147,11 @@ class Pasts(Cache):  # type: ignore[misc]  # transformers is not followed
                 records[past] = records[origin][:, : past.length]
                 moves.append((held[origin], placed[past], records[past].shape[1]))
         self._slots = []
-        self._fit(total, max(map(len, rows), default=0))
-        self._move(moves)
+        longest = max([*map(len, rows), *(tokens.shape[1] for tokens in records.values())], default=0)
+        if total > self.shape[0]:
+            self._fit(total, longest)
+        self._move(moves)  # from here on nothing that lives stands behind the slot `total`
+        self._fit(total, longest)
         made = {at: _Slot(weakref.ref(past), records.get(past, _NOTHING)) for past, at in placed.items()}
         self._slots = [made[at] for at in range(total)]
         self._at = {id(past): at for past, at in placed.items()}
@@ -155,10 +159,12 @@ class Pasts(Cache):  # type: ignore[misc]  # transformers is not followed
             past.origin = None
 
     def _fit(self, slots: int, capacity: int) -> None:
-        if slots > self.shape[0] or capacity > self.shape[1]:
-            self.shape = max(self.shape[0], _up(slots, _MORE_SLOTS)), max(self.shape[1], _up(capacity, _MORE_TOKENS))
+        """Make the buffers as large as that, rounded up; what lives must have its place already."""
+        shape = _up(slots, _MORE_SLOTS), _up(capacity, _MORE_TOKENS)
+        if shape != self.shape:
+            self.shape = shape
             for layer in self.layers:
-                layer.grow(*self.shape)
+                layer.resize(*shape)
 
     def _move(self, moves: Sequence[tuple[int, int, int]]) -> None:
         if moves and self.layers:

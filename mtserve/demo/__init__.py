@@ -1,1 +1,1 @@
-"""The demo: five small tasks on one encoder, from data that ships with the package."""
+"""The demo: six small tasks on an encoder and a language model, from data that ships with the package."""

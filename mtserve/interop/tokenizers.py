@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mtserve.errors import CheckpointError
+from mtserve.errors import CheckpointError, ConfigError
 from mtserve.text import TextSpec, text_spec
 from mtserve.trunk import gguf_file
 
@@ -69,8 +69,13 @@ def _token_id(folder: Path, tokenizer: str, role: str) -> int | None:
 
 
 def with_special_tokens(tokenizer: str, tokens: Mapping[str, int]) -> str:
-    """The tokenizer with more special tokens, at ids that follow on its own."""
+    """The tokenizer with more special tokens, at ids that follow on its own. Raises ConfigError for one that it has."""
     raw = json.loads(tokenizer)
+    vocab = raw["model"].get("vocab") or {}
+    pieces = vocab if isinstance(vocab, dict) else [piece for piece, _ in vocab]  # Unigram has scores beside them
+    known = {*pieces, *(token["content"] for token in raw.get("added_tokens") or ())}
+    if there := [token for token in tokens if token in known]:
+        raise ConfigError(f"{there[0]} is a token of the tokenizer already; allowed: --special-tokens with those added")
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     raw["added_tokens"] = [
         *(raw.get("added_tokens") or ()),

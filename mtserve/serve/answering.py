@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mtserve.errors import InputError, Problem, TooLargeError
-from mtserve.scheduler import Ticket
 from mtserve.serve.table import ServedTask, ServedTrunk, TaskTable
 from mtserve.tasks.base import Work
+from mtserve.ticket import Ticket
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mtserve.checkpoint import Checkpoint
 from mtserve.engine import Engine
-from mtserve.errors import CheckpointError, ConfigError
+from mtserve.errors import CheckpointError, ConfigError, InputError
 from mtserve.golden import GoldenReport, check_golden
 from mtserve.loading import load_checkpoint
 from mtserve.manifest import TaskEntry, check_task_name
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def split_prefix(location: str) -> tuple[str, str]:
     """(prefix, location) of what may be `PREFIX=LOCATION`; a path that exists is a path, whatever is in its name."""
     prefix, equals, rest = location.partition("=")
-    if not equals or "/" in prefix or Path(location).expanduser().exists():
+    if not equals or "/" in prefix or Path(location).exists():
         return "", location
     try:
         if prefix.endswith("."):
@@ -115,7 +115,7 @@ def _golden(checkpoint: Checkpoint, engine: Engine, entry: TaskEntry) -> tuple[G
     try:
         tolerance = checkpoint.manifest.tolerance(name)
         report = check_golden(engine, entry.name, rows, tolerance=tolerance)
-    except CheckpointError as error:
+    except (CheckpointError, InputError) as error:  # InputError: over the limits of this server
         return None, f"task {entry.name!r}: {str(error).removeprefix(f'task {entry.name!r}: ')}"
     if report.reproduced:
         return report, None

@@ -29,10 +29,7 @@ if TYPE_CHECKING:
 Reads = Literal["first", "last", "pooled", "all"]
 Pooling = Literal["first", "last", "pooled"]
 """Which state stands for a row: that of its first or last token, or the trunk's pooler output."""
-
-POOLING: Any = Field(
-    default=None, description="State of a row that the head reads; training finds out and says. Causal trunks: last."
-)
+POOLING: Any = Field(default=None, description="State of a row that the head reads; training finds out and says.")
 Architecture = Literal[
     "sequence_classification", "token_classification", "multiple_choice", "causal_lm", "masked_lm", "pooling"
 ]
@@ -86,9 +83,7 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_length: int = Field(default=128, ge=4, description="Most tokens of a row, special tokens included.")
-    append: str = Field(
-        default="", description="Put at the end of every row and never cut, such as <cls>; special tokens in it count."
-    )
+    append: str = Field(default="", description="At the end of every row, never cut, such as the special token <cls>.")
     on_long: OnLong = Field(default="truncate", description="What happens to longer texts.")
     stride: int = Field(default=16, ge=0, description="Tokens that neighbouring windows share.")
     preparation: tuple[str, ...] | None = Field(
@@ -172,7 +167,7 @@ class Work:
 
 
 def room(works: Iterable[Work]) -> int:
-    """Tokens that a backend may have to keep for these works at once: it has room for the longest in each place."""
+    """Tokens that a backend may have to keep for these works at once: each sequence has the room of the longest."""
     kept = [work for work in works if work.reserved]
     return sum(work.sequences for work in kept) * max((work.reserved for work in kept), default=0)
 
@@ -264,9 +259,8 @@ class Kind(Evaluation[O_, L_], Generic[O_, P_, E_, L_]):
 
     def stated(self, options: O_, reads: Reads) -> O_:
         """Options that say what the task's head was found to read, where the kind has an option for it."""
-        if reads == "all" or "pooling" not in type(options).model_fields:
-            return options
-        return type(options).model_validate({**options.model_dump(), "pooling": reads})
+        stated = {"pooling": reads} if reads != "all" and "pooling" in type(options).model_fields else {}
+        return type(options).model_validate({**options.model_dump(), **stated})
 
     # decoding
 
@@ -274,12 +268,14 @@ class Kind(Evaluation[O_, L_], Generic[O_, P_, E_, L_]):
         """Take in the logits of a step; True when the work is finished, else `work.rows` holds what comes next."""
         return True
 
+    def check_text(self, options: O_, text: Text) -> None:
+        """Raise ConfigError for options that this tokenizer cannot serve."""
+
     def begin(self, work: Work, options: O_, text: Text) -> None:
         """Make a fresh work of several steps ready: its `state`, its `reserved` tokens. Raises InputError."""
 
     def emit(self, work: Work, options: O_, text: Text) -> list[Any]:
-        """JSON-ready events for a client that reads along: what came since the last call; after the last step the one
-        with the whole answer too."""
+        """JSON-ready events of what came since the last call; after the last step the one with the whole answer too."""
         return []
 
     @abstractmethod

@@ -196,6 +196,11 @@ class Generation(Kind[GenerationOptions, GenerationParameters, GenerationExample
     ) -> Tensor:
         return token_loss(logits, targets, terms)
 
+    def check_text(self, options: GenerationOptions, text: Text) -> None:
+        self._end(options, text)
+        if options.type_id >= text.vocab_size:
+            raise ConfigError(f"type_id: {options.type_id} is no token's id; allowed: below {text.vocab_size}")
+
     def begin(self, work: Work, options: GenerationOptions, text: Text) -> None:
         assert isinstance(work.parameters, GenerationParameters)
         decoding = work.parameters.resolve(options.generation, limit=options.max_new_tokens)

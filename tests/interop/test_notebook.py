@@ -198,6 +198,7 @@ def test_trunk_tensors_need_not_stand_twice(base: Path, tmp_path: Path) -> None:
         ({"kinds": {"classify": "sorting"}}, "'sorting' is no kind of task; allowed: classification"),
         ({"options": {}}, r"task 'classify': options.labels: Field required"),
         ({"special_tokens": ["<b>", "<e>", "<p>"]}, r"tokenizer beside .* has 300, and 3 are added; name the 4"),
+        ({"special_tokens": ["<b>", "a", "<p>", "<c>"]}, "a is a token of the tokenizer already"),
         ({"options": {**LABELS, "style": {}}}, "options name the task 'style'; allowed: translate, classify"),
         ({"golden": {"style": ["x"]}}, "golden inputs name the task 'style'; allowed: translate, classify"),
     ],

@@ -187,6 +187,14 @@ def test_a_work_whose_logits_are_no_numbers_fails_alone() -> None:
     assert engine.run([good]) == [wanted]
 
 
+def test_extreme_values_that_are_allowed_give_answers() -> None:
+    small = tiny("gpt2", tasks=LONG)
+    for asked in ({"temperature": 0.01}, {"temperature": 10}, {"top_p": 1e-9}, {"min_p": 1}):
+        assert texts(small.engine.predict("long", ["one"], {"do_sample": True, **asked}))
+    for penalty in (0.01, 10):
+        assert texts(small.engine.predict("long", ["one"], {"repetition_penalty": penalty}))
+
+
 def test_the_end_token_ends_and_is_not_shown() -> None:
     small = tiny("gpt2", only=("forth",))
     (work,) = small.engine.prepare_all("forth", ["one"])
@@ -218,6 +226,12 @@ def test_a_template_names_source_answer_and_special_tokens() -> None:
     several = options.model_copy(update={"template": "{source}[SEP]{target}[SEP][SEP]"})
     with pytest.raises(ConfigError, match=r"after \{target\} is 2 tokens of this tokenizer; allowed: one"):
         kind.features(labelled, several, small.text)
+    for wrong, why in (
+        (several, "'forth': template: .* 2 tokens"),
+        (options.model_copy(update={"type_id": 999}), "type_id"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            Engine([replace(small.tasks[0], options=wrong)], small.engine.backend, small.text)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +267,8 @@ def test_parameters_are_bounded_by_the_task() -> None:
         ({"temperature": 0.5}, r"parameters.temperature: has no effect without sampling"),
         ({"num_beams": 17}, r"parameters.num_beams: "),
         ({"stop_strings": [""]}, r"parameters.stop_strings"),
+        ({"do_sample": True, "temperature": 1e-40}, r"parameters.temperature: .* 0.01"),
+        ({"repetition_penalty": 1e-300}, r"parameters.repetition_penalty: .* 0.01"),
     ):
         with pytest.raises(InputError, match=why):
             small.engine.predict("forth", ["one"], wrong)

@@ -130,7 +130,7 @@ def test_a_loss_of_counted_positions_is_the_loss_of_all() -> None:
     found = learner("words", **batch)["loss"]
     ids, mask, types = (batch[name] for name in ("input_ids", "attention_mask", "token_type_ids"))
     whole = KIND.loss(model("words", ids, mask, types), batch["rows"], batch["targets"], OPTIONS)
-    assert float(found) == pytest.approx(float(whole), rel=1e-6)
+    assert found.item() == pytest.approx(whole.item(), rel=1e-6)
     other = tiny("gpt2", only=("forth",))
     task = other.engine.task("forth")
     pairs = [
@@ -141,7 +141,7 @@ def test_a_loss_of_counted_positions_is_the_loss_of_all() -> None:
     found = Learner(other.model, {"forth": Learned(task.kind, task.options)}).eval()("forth", **batch)["loss"]
     ids, mask, types = (batch[name] for name in ("input_ids", "attention_mask", "token_type_ids"))
     whole = task.kind.loss(other.model("forth", ids, mask, types), batch["rows"], batch["targets"], task.options)
-    assert float(found) == pytest.approx(float(whole), rel=1e-6)
+    assert found.item() == pytest.approx(whole.item(), rel=1e-6)
 
 
 def test_what_is_hidden_is_the_target_and_nothing_else_changes() -> None:

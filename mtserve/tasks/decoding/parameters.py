@@ -58,9 +58,9 @@ class GenerationParameters(Parameters):
     model_config = ConfigDict(allow_inf_nan=False)
 
     max_new_tokens: int | None = Field(None, ge=1, description="Most tokens of an answer, its end token included.")
-    min_new_tokens: int | None = Field(None, ge=0, description="The answer does not end before so many tokens.")
+    min_new_tokens: int | None = Field(None, ge=0, description="No end token before so many tokens.")
     do_sample: bool | None = Field(None, description="Draw tokens at random instead of taking the likeliest.")
-    temperature: float | None = Field(None, gt=0, le=10, description="Sampling: below 1, likely tokens gain.")
+    temperature: float | None = Field(None, ge=0.01, le=10, description="Sampling: below 1, likely tokens gain.")
     top_k: int | None = Field(None, ge=1, description="Sampling: only among so many likeliest tokens.")
     top_p: float | None = Field(
         None, gt=0, le=1, description="Sampling: only among the likeliest tokens that have this probability together."
@@ -69,7 +69,7 @@ class GenerationParameters(Parameters):
         None, ge=0, le=1, description="Sampling: only tokens with this share of the likeliest one's probability."
     )
     repetition_penalty: float | None = Field(
-        None, gt=0, le=10, description="Above 1, tokens of the prompt and of the answer so far become less likely."
+        None, ge=0.01, le=10, description="Above 1, tokens of the prompt and of the answer so far become less likely."
     )
     no_repeat_ngram_size: int | None = Field(
         None, ge=1, description="No sequence of so many tokens occurs twice, the prompt included."

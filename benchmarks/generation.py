@@ -274,7 +274,7 @@ def choice(subject: Subject, how: How) -> Lines:
                 seconds, (answer,) = timed(lambda: engine.predict(task.name, [example]))
             return seconds, (engine.counters.tokens - before, {entry["index"]: entry["score"] for entry in answer})
 
-        worths = {"once": eager._WORTH_SHARING, "each": sys.maxsize}
+        worths = {"once": 1, "each": sys.maxsize}
         calls: dict[str, Call] = {name: partial(scores, worth) for name, worth in worths.items()}
         seconds, made = rounds(how, calls, times=4)
         (few, once), (many, each) = made["once"], made["each"]

@@ -316,7 +316,8 @@ def test_rows_longer_than_a_window_are_computed_whole() -> None:
     assert computed == [18, 2, 2, 2, 26, 28]
 
 
-def test_a_beginning_that_rows_share_is_encoded_once() -> None:
+def test_a_beginning_that_rows_share_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtserve.backends.eager._WORTH_SHARING", 32)
     of = backend("gpt2")
     question = words(20)
     rows = [row([*question, *words(size, size)], shared=20) for size in (1, 4, 9)] + [row(words(7))]
@@ -335,7 +336,8 @@ def test_a_beginning_that_rows_share_is_encoded_once() -> None:
     assert of.pasts.shape == (0, 0)
 
 
-def test_beginnings_are_shared_beside_rows_that_go_on() -> None:
+def test_beginnings_are_shared_beside_rows_that_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtserve.backends.eager._WORTH_SHARING", 32)
     of = backend("llama")
     running = [row(words(size, size), past=Past()) for size in (6, 14)]
     answers(of, running)

@@ -26,7 +26,7 @@ from mtserve.trunk import is_causal
 logger = logging.getLogger(__name__)
 
 _MOST_SHARED = 32_768  # tokens of the buffers while beginnings are shared; a larger batch is computed whole
-_WORTH_SHARING = 32  # tokens saved in a batch; a second pass for fewer costs more than it spares
+_WORTH_SHARING = 100  # tokens saved in a batch; for fewer, a second pass costs more (docs/benchmarks.md)
 
 
 class EagerBackend:

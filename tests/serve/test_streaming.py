@@ -307,7 +307,11 @@ def test_huggingface_clients_read_a_stream(served: Served, monkeypatch: pytest.M
         ({"parameters": {"max_new_tokens": 10**30}}, "parameters.max_new_tokens", "limit of 80"),
         ({"parameters": {"max_new_tokens": 1.5}}, "parameters.max_new_tokens", "integer"),
         ({"parameters": {"num_beams": 17}}, "parameters.num_beams", "16"),
-        ({"parameters": {"temperature": 0, "do_sample": True}}, "parameters.temperature", "greater than 0"),
+        (
+            {"parameters": {"temperature": 0, "do_sample": True}},
+            "parameters.temperature",
+            "greater than or equal to 0.01",
+        ),
         ({"parameters": {"temperature": 0.5}}, "parameters.temperature", "do_sample"),
         ({"parameters": {"stop_strings": [""]}}, "parameters.stop_strings", "1 character"),
         ({"inputs": "good " * 40}, None, "too long"),

@@ -14,9 +14,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModel, LlamaConfig, PreTrainedModel
 
 from mtserve.errors import CheckpointError, ResolveError, SetupError
+from mtserve.interop.tokenizers import spec_beside
 from mtserve.tasks.base import Options
 from mtserve.trunk import load_trunk
-from training.trunk import Trunk, _spec, open_trunk
+from training.trunk import Trunk, open_trunk
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "th", "the"]
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "unk_token_id": 0}  # as SmolLM2's file says
@@ -161,7 +162,7 @@ def test_which_token_pads(tmp_path: Path, ids: dict[str, Any], special: list[str
     model = {"type": "WordLevel", "vocab": made, "unk_token": "a"}
     tokenizer = {"version": "1.0", "added_tokens": added, "model": model}
     config = type("Config", (), {"pad_token_id": None, "eos_token_id": None, "bos_token_id": None, **ids})()
-    assert _spec(tmp_path, config, json.dumps(tokenizer)).pad_id == pad
+    assert spec_beside(tmp_path, config, json.dumps(tokenizer)).pad_id == pad
 
 
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}

@@ -10,6 +10,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from mtserve.errors import CheckpointError
+from mtserve.rows import Ints
 from mtserve.tasks.base import HeadSpec, Reads
 from mtserve.trunk import hidden_size
 
@@ -42,9 +44,10 @@ class TrunkStates:
     pooled: Tensor | None
     mask: Tensor
 
-    def select(self, rows: Tensor) -> TrunkStates:
-        """The states of some rows, by index."""
-        return TrunkStates(self.hidden[rows], None if self.pooled is None else self.pooled[rows], self.mask[rows])
+    def to(self, dtype: torch.dtype) -> TrunkStates:
+        """The same in a precision."""
+        pooled = None if self.pooled is None else self.pooled.to(dtype)
+        return TrunkStates(self.hidden.to(dtype), pooled, self.mask)
 
     def gathered(self, reads: Reads) -> TrunkStates:
         """Only the positions that a head reads: (rows, 1, hidden) unless it reads all."""
@@ -57,12 +60,57 @@ class TrunkStates:
             hidden = self.hidden[:, :1]
         return TrunkStates(hidden, self.pooled, self.mask[:, :1])
 
-    def answering(self, counts: Tensor) -> TrunkStates:
-        """The last positions of every row, `counts` (rows,) of them, one after another: (sum of counts, 1, hidden)."""
-        rows = torch.repeat_interleave(counts)  # (sum,)
-        later = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-        at = (self.mask.sum(1) - counts)[rows] + later
-        return TrunkStates(self.hidden[rows, at][:, None], None, torch.ones_like(at)[:, None])
+
+@dataclass
+class FlatStates:
+    """What the trunk computed for some rows, token by token.
+
+    hidden    (tokens, hidden)      last hidden states
+    starts    (rows,)               where each row's first token is among them; the others follow it
+    counts    (rows,)               tokens of each row
+    pooled    (rows, hidden)        the trunk's own pooler output, where the family has a pooler and it was computed
+    """
+
+    hidden: Tensor
+    starts: Ints
+    counts: Ints
+    pooled: Tensor | None = None
+
+    def read(self, head: Head, rows: Ints, answers: Ints) -> TrunkStates:
+        """What a head needs of some rows, by index: of its one position a row, (rows, 1, hidden); of each of the last
+        `answers` positions where it answers for those, (sum of answers, 1, hidden); of every token where it answers
+        for each, (sum of counts, 1, hidden); else of the whole rows, padded at the right."""
+        starts, counts = self.starts[rows], self.counts[rows]
+        if head.reads == "last" and head.per_token:
+            return self._alone(_spans(starts + counts - answers, answers))
+        if head.reads == "all" and head.per_token:
+            return self._alone(_spans(starts, counts))
+        if head.reads == "all":
+            return self._padded(starts, counts)
+        states = self._alone(starts + counts - 1 if head.reads == "last" else starts)
+        states.pooled = None if self.pooled is None else self.pooled[self._index(rows)]
+        return states
+
+    def _index(self, at: Ints) -> Tensor:
+        return torch.from_numpy(at.astype(np.int64)).to(self.hidden.device)
+
+    def _alone(self, at: Ints) -> TrunkStates:
+        """Single tokens, each as a row of its own."""
+        hidden = self.hidden.index_select(0, self._index(at))[:, None]
+        return TrunkStates(hidden, None, torch.ones(len(at), 1, dtype=torch.long, device=hidden.device))
+
+    def _padded(self, starts: Ints, counts: Ints) -> TrunkStates:
+        steps = np.arange(counts.max())
+        mask = steps < counts[:, None]  # (rows, seq)
+        at = np.where(mask, starts[:, None] + steps, starts[:, None])
+        hidden = self.hidden.index_select(0, self._index(at.ravel())).unflatten(0, mask.shape)
+        return TrunkStates(hidden, None, self._index(mask))
+
+
+def _spans(starts: Ints, counts: Ints) -> Ints:
+    """start, start + 1, … of each, one after another: (sum of counts,)."""
+    before = np.repeat(np.cumsum(counts) - counts, counts)
+    return np.asarray(np.repeat(starts, counts) + np.arange(counts.sum()) - before, np.int32)
 
 
 class _TakenOut(nn.Module):
@@ -104,6 +152,7 @@ class StockHead(nn.Module):
     @property
     def config(self) -> PretrainedConfig:
         return self.stock.config
+
 
     def forward(self, states: TrunkStates) -> Tensor:
         """(rows, n_out), or (rows, seq, n_out) from a head of token outputs."""

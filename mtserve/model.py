@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mtserve.errors import CheckpointError
 from mtserve.heads import Head, PoolingHead, StockHead, TrunkStates
 from mtserve.tasks.base import HeadSpec
-
-WORD_TYPE_FAMILIES = frozenset({"codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt"})
-"""Families that look a type id up among the words, so that type 0 would add a word's embedding too."""
+from mtserve.trunk import inputs_of
 
 
 class Model(nn.Module):
@@ -26,9 +23,6 @@ class Model(nn.Module):
         self.trunk = trunk
         self.heads = nn.ModuleDict()
         self.specs: dict[str, HeadSpec] = {}
-        accepted = inspect.signature(trunk.forward).parameters
-        self._uses_types = "token_type_ids" in accepted and getattr(trunk.config, "type_vocab_size", 0) > 1
-        self._adds_words = trunk.config.model_type in WORD_TYPE_FAMILIES
 
     def add(self, task: str, spec: HeadSpec, *, config: PretrainedConfig | None = None) -> Head:
         """Put a fresh head on the trunk, made by `config` where the head has one of its own.
@@ -46,37 +40,9 @@ class Model(nn.Module):
     def head(self, task: str) -> Head:
         return cast("Head", self.heads[module_name(task)])
 
-    def states(
-        self,
-        ids: Tensor,
-        mask: Tensor,
-        type_ids: Tensor,
-        *,
-        cache: Cache | None = None,
-        positions: Tensor | None = None,
-        attention: Tensor | None = None,
-    ) -> TrunkStates:
-        """One pass of the trunk over padded rows, all three (rows, seq) int64.
-
-        Type id 0 adds nothing where types share the words' embeddings, and any other adds the embedding of that id.
-        Tokens that go on from what `cache` holds need `positions` (rows, seq), and `attention`, which is added to the
-        scores: (rows, 1, seq, kept and new tokens).
-        """
-        inputs: dict[str, Any] = {"attention_mask": mask if attention is None else attention}
-        if self._adds_words and type_ids.any():
-            words = self.trunk.get_input_embeddings()
-            inputs["inputs_embeds"] = words(ids) + words(type_ids) * (type_ids > 0)[:, :, None]
-        else:
-            inputs["input_ids"] = ids
-        if self._uses_types:
-            inputs["token_type_ids"] = type_ids
-        if cache is not None:
-            inputs |= {"past_key_values": cache, "use_cache": True}
-        elif hasattr(self.trunk.config, "use_cache"):
-            inputs["use_cache"] = False
-        if positions is not None:
-            inputs["position_ids"] = positions
-        output = self.trunk(**inputs)
+    def states(self, ids: Tensor, mask: Tensor, type_ids: Tensor) -> TrunkStates:
+        """One pass of the trunk over padded rows, all three (rows, seq) int64."""
+        output = self.trunk(attention_mask=mask, **inputs_of(self.trunk, ids, type_ids))
         return TrunkStates(output.last_hidden_state, getattr(output, "pooler_output", None), mask)
 
     def forward(self, task: str, ids: Tensor, mask: Tensor, type_ids: Tensor) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import AutoModel, GgufConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -26,13 +29,43 @@ def max_length(config: PretrainedConfig) -> int | None:
     RoBERTa and its kin count positions from pad id + 1, and so have fewer than their table has entries.
     """
     size = getattr(config, "max_position_embeddings", None)
-    offset = config.pad_token_id + 1 if config.model_type in OFFSET_FAMILIES else 0
-    return None if size is None else int(size) - offset
+    return None if size is None else int(size) - first_position(config)
 
 
 OFFSET_FAMILIES = frozenset(
     {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer", "data2vec-text"}
 )
+WORD_TYPE_FAMILIES = frozenset({"codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt"})
+"""Families that look a type id up among the words, so that type 0 would add a word's embedding too."""
+
+
+def first_position(config: PretrainedConfig) -> int:
+    """The position id of a row's first token."""
+    return int(config.pad_token_id) + 1 if config.model_type in OFFSET_FAMILIES else 0
+
+
+@lru_cache
+def accepted(trunk: type[PreTrainedModel]) -> frozenset[str]:
+    """Names of what a family's trunk takes."""
+    return frozenset(inspect.signature(trunk.forward).parameters)
+
+
+def inputs_of(trunk: PreTrainedModel, ids: Tensor, type_ids: Tensor) -> dict[str, Any]:
+    """What a trunk is given for (rows, seq) ids and type ids, but for masks and positions.
+
+    Type id 0 adds nothing where types share the words' embeddings, and any other adds the embedding of that id.
+    """
+    config, inputs = trunk.config, dict[str, Any]()
+    if config.model_type in WORD_TYPE_FAMILIES and type_ids.any():
+        words = trunk.get_input_embeddings()
+        inputs["inputs_embeds"] = words(ids) + words(type_ids) * (type_ids > 0)[:, :, None]
+    else:
+        inputs["input_ids"] = ids
+    if "token_type_ids" in accepted(type(trunk)) and getattr(config, "type_vocab_size", 0) > 1:
+        inputs["token_type_ids"] = type_ids
+    if hasattr(config, "use_cache"):
+        inputs["use_cache"] = False
+    return inputs
 
 
 def is_causal(trunk: PreTrainedModel) -> bool:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from mtserve.backends.eager import padded
 from mtserve.heads import stock_class
 from mtserve.tasks import KINDS
+from mtserve.trunk import inputs_of
 from mtserve.weights import load_model
 from tests.tiny import FAMILIES, GENERATION, OPTIONS, PAD, Tiny, tiny, write_checkpoint
 
@@ -55,9 +56,8 @@ def stock_logits(small: Tiny, task: str, rows: Any) -> Any:
     if spec.architecture == "causal_lm":
         stock.lm_head.weight = cast("Any", small.model.head(task)).stock.lm_head.weight
     ids, mask, types = padded(rows, pad_id=PAD)
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if small.model._uses_types:
-        inputs["token_type_ids"] = types
+    inputs = {**inputs_of(small.model.trunk, ids, types), "attention_mask": mask}
+    inputs.pop("use_cache", None)
     if "MultipleChoice" in type(stock).__name__:
         inputs = {name: tensor[:, None] for name, tensor in inputs.items()}
     with torch.no_grad():

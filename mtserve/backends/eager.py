@@ -1,6 +1,6 @@
-"""The torch backend: rows padded at the right, one trunk pass, each head on the positions that it reads.
+"""The torch backend: rows end to end, one trunk pass, each head on the positions that it reads.
 
-A batch is one pass, or two: rows whose first tokens are known (from a past, or from a beginning that several rows
+Where a family's attention cannot keep rows apart, they are padded at the right instead (`serving` finds out). A batch is one pass, or two: rows whose first tokens are known (from a past, or from a beginning that several rows
 share and that the first pass encoded once) are computed from there on. A head that reads more than a row's last
 positions has its rows computed whole.
 """
@@ -16,12 +16,14 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from mtserve.backends.flat import Rectangle
 from mtserve.backends.pasts import Pasts, reach
-from mtserve.batching import Batch, Cost, padded_cost
-from mtserve.heads import TrunkStates
+from mtserve.backends.serving import Served, encode
+from mtserve.batching import Batch, Cost, padded_cost, real_cost
+from mtserve.heads import FlatStates
 from mtserve.model import Model
-from mtserve.rows import Floats, Past, Row, make_row
-from mtserve.trunk import is_causal
+from mtserve.rows import Floats, Ints, Past, Row, make_row
+from mtserve.trunk import inputs_of, is_causal
 
 logger = logging.getLogger(__name__)
 
@@ -30,19 +32,30 @@ _WORTH_SHARING = 100  # tokens saved in a batch; for fewer, a second pass costs 
 
 
 class EagerBackend:
-    """Runs a `Model` in PyTorch's eager mode, in the precision of its weights."""
+    """Runs a `Model` in PyTorch's eager mode. `follow` is for a model in training: its weights are used where they are,
+    in their own precision, so that they may change between two runs."""
 
-    profile = "fp32"
-
-    def __init__(self, model: Model, *, pad_id: int) -> None:
+    def __init__(self, model: Model, *, pad_id: int, profile: str = "fp32", follow: bool = False) -> None:
         self.model = model
         self.pad_id = pad_id
-        self.cost: Cost = padded_cost
+        self.profile = profile
         self.tokens = 0
+        self._follow = follow
         self.pasts = Pasts()
         self._reach = reach(model.trunk.config)
 
+    @cached_property
+    def served(self) -> Served:
+        """The model as it computes; made when it is first asked for, on the device where the model is then."""
+        return Served(self.model, self.profile, follow=self._follow)
+
+    @property
+    def cost(self) -> Cost:
+        return real_cost if self.served.flat else padded_cost
+
     def run(self, batch: Batch) -> dict[str, list[Floats]]:
+        if self.served.device != self.model.trunk.device:  # a training moves its model after this was made
+            del self.served
         with self._evaluating():
             return self._run(batch)
 
@@ -73,7 +86,7 @@ class EagerBackend:
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 off, reason = np.inf, f"{type(error).__name__}: {error}"
             self.pasts = Pasts()
-            if off <= max(1e-4, 8 * torch.finfo(self.model.trunk.dtype).eps):
+            if off <= max(1e-4, 8 * torch.finfo(self.served.dtype).eps):
                 return True
         family = self.model.trunk.config.model_type
         logger.warning("%s keeps no keys and values, so every step computes whole rows: %s", family, reason)
@@ -85,18 +98,22 @@ class EagerBackend:
         size = self.model.trunk.config.vocab_size
         random = np.random.default_rng(0)
         rows = [make_row(random.integers(0, size, n), [0] * n, [(0, 0)] * n, [False] * n) for n, _ in sizes]
-        whole = self._computed(rows, [0] * len(rows)).hidden
+        whole = self._computed(rows, [0] * len(rows))
         rows = [replace(row, past=Past()) for row in rows]
         parts = [_beginning(row, known, row.past) for row, (_, known) in zip(rows, sizes, strict=True)]
         self.pasts.admit(rows)
         self._computed(parts, [0] * len(rows))
-        later = self._computed(rows, [known for _, known in sizes]).hidden
-        pairs = [(later[at, : n - known], whole[at, known:n]) for at, (n, known) in enumerate(sizes)]
+        later = self._computed(rows, [known for _, known in sizes])
+        ends = whole.starts + whole.counts
+        pairs = [
+            (later.hidden[start : start + n - known], whole.hidden[end - n + known : end])
+            for (n, known), start, end in zip(sizes, later.starts, ends, strict=True)
+        ]
         return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
     def _run(self, batch: Batch) -> dict[str, list[Floats]]:
         rows = [self._kept(row) for row in batch.rows]
-        entire = {at for task, some in batch.wanted.items() if self.model.head(task).reads != "last" for at in some}
+        entire = {at for task, some in batch.wanted.items() if self.served.head(task).reads != "last" for at in some}
         groups = self._groups({at: row for at, row in enumerate(rows) if at not in entire})
         beginnings = [_beginning(rows[group[0]], rows[group[0]].shared, Past()) for group in groups]
         self.pasts.admit([row for row in (*rows, *beginnings) if row.past is not None])
@@ -151,40 +168,82 @@ class EagerBackend:
         fits = (self.pasts.shape[0] + len(groups) + len(forked)) * longest <= _MOST_SHARED
         return groups if fits else []
 
-    def _computed(self, rows: Sequence[Row], known: Sequence[int]) -> TrunkStates:
-        """One trunk pass over admitted rows, but for their first `known` tokens: (rows, longest rest, hidden)."""
-        device = self.model.trunk.device
-        ids, mask, type_ids = (tensor.to(device) for tensor in padded(rows, pad_id=self.pad_id, known=known))
-        if all(row.past is None for row in rows):
-            return self.model.states(ids, mask, type_ids)
-        like = torch.empty((), dtype=self.model.trunk.dtype, device=device)
-        positions, attention = self.pasts.begin(rows, known, like) or (None, None)
-        states = self.model.states(ids, mask, type_ids, cache=self.pasts, positions=positions, attention=attention)
-        self.pasts.done(rows)
+    def _computed(self, rows: Sequence[Row], known: Sequence[int]) -> FlatStates:
+        """One trunk pass over admitted rows, but for their first `known` tokens."""
+        compute = self._computed_flat if self.served.flat else self._computed_padded
+        states = compute(rows, known)
+        if any(row.past is not None for row in rows):
+            self.pasts.done(rows)
         return states
 
+    def _computed_flat(self, rows: Sequence[Row], known: Sequence[int]) -> FlatStates:
+        counts = np.array([len(row) - start for row, start in zip(rows, known, strict=True)], np.int32)
+        going_on = any(known)
+        order = range(len(rows)) if going_on else np.argsort(-counts, kind="stable").tolist()
+        placed = [rows[at] for at in order]
+        first = [known[at] for at in order]
+        ids = np.concatenate([row.ids[start:] for row, start in zip(placed, first, strict=True)])
+        types = np.concatenate([row.type_ids[start:] for row, start in zip(placed, first, strict=True)])
+        at = np.concatenate([np.arange(start, len(row)) for row, start in zip(placed, first, strict=True)])
+        tensors = [self._moved(array) for array in (ids, types, at + self.served.first_position())]
+        more, layout, lengths = {}, None, counts[order].tolist()
+        if any(row.past is not None for row in rows):
+            seen = self.pasts.begin(placed, first, self._like, flat=True)
+            more = {"past_key_values": self.pasts, "use_cache": True}
+            layout = None if seen is None else Rectangle((len(rows), int(counts.max())), seen.place, seen.mask)
+        hidden = encode(self.served.trunk, *tensors, lengths=lengths, layout=layout, **more)
+        starts = np.empty(len(rows), np.int32)
+        starts[order] = np.cumsum([0, *lengths[:-1]])
+        pooled = None if going_on else self.served.pooled(hidden.index_select(0, self._moved(starts)))
+        return FlatStates(hidden, starts, counts, pooled)
+
+    def _computed_padded(self, rows: Sequence[Row], known: Sequence[int]) -> FlatStates:
+        trunk, seq = self.served.trunk, max(len(row) - start for row, start in zip(rows, known, strict=True))
+        ids, mask, type_ids = (t.to(self.served.device) for t in padded(rows, pad_id=self.pad_id, known=known))
+        inputs = inputs_of(trunk, ids, type_ids) | {"attention_mask": mask}
+        if any(row.past is not None for row in rows):
+            inputs |= {"past_key_values": self.pasts, "use_cache": True}
+            if seen := self.pasts.begin(rows, known, self._like, flat=False):
+                inputs |= {"position_ids": seen.positions, "attention_mask": seen.mask}
+        output = trunk(**inputs)
+        counts = np.array([len(row) - start for row, start in zip(rows, known, strict=True)], np.int32)
+        starts = np.arange(len(rows), dtype=np.int32) * seq
+        hidden = output.last_hidden_state.flatten(0, 1)
+        return FlatStates(hidden, starts, counts, getattr(output, "pooler_output", None))
+
+    @property
+    def _like(self) -> torch.Tensor:
+        return torch.empty((), dtype=self.served.dtype, device=self.served.device)
+
+    def _moved(self, array: Ints) -> torch.Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(self.served.device)
+
     def _answer(
-        self, batch: Batch, rows: Mapping[int, Row], states: TrunkStates, logits: Mapping[str, dict[int, Floats]]
+        self, batch: Batch, rows: Mapping[int, Row], states: FlatStates, logits: Mapping[str, dict[int, Floats]]
     ) -> None:
         """Each head on those of these rows that its task wants; `states` are of these rows, in order."""
         place = {at: index for index, at in enumerate(rows)}
         for task, wanted in batch.wanted.items():
             if some := [at for at in wanted if at in place]:
-                which = torch.tensor([place[at] for at in some], device=states.hidden.device)
-                answers = self._head(task, states.select(which), [rows[at] for at in some])
+                which = np.array([place[at] for at in some], np.int32)
+                answers = self._head(task, states, which, np.array([rows[at].answers for at in some], np.int32))
                 logits[task].update(zip(some, answers, strict=True))
 
-    def _head(self, task: str, states: TrunkStates, rows: Sequence[Row]) -> list[Floats]:
-        head = self.model.head(task)
-        if head.per_token and head.reads == "last":
-            counts = [row.answers for row in rows]
-            answers = head(states.answering(torch.tensor(counts, device=states.hidden.device)))[:, 0]
-            parts = np.split(answers.float().cpu().numpy(), np.cumsum(counts)[:-1])
-            return [part.copy() for part in parts]  # a view would keep the logits of all rows alive with one work
-        logits = head(states.gathered(head.reads)).float().cpu().numpy()  # (rows, n_out) or (rows, seq, n_out)
-        if head.reads == "all" and head.per_token:
-            return [array[: len(row)] for array, row in zip(logits, rows, strict=True)]
-        return list(logits[:, 0] if head.per_token else logits)
+    def _head(self, task: str, states: FlatStates, rows: Ints, answers: Ints) -> list[Floats]:
+        """One array for each of these rows of the states, by index."""
+        head = self.served.head(task)
+        read = states.read(head, rows, answers)
+        logits = head(read.to(self.served.head_dtype(task))).float().cpu().numpy()  # (rows, n_out), or (rows, 1, n_out) a token
+        if not head.per_token:
+            return list(logits)
+        if head.reads == "all":
+            return _split(logits[:, 0], states.counts[rows])
+        return _split(logits[:, 0], answers)
+
+
+def _split(logits: Floats, counts: Ints) -> list[Floats]:
+    """So many of the first axis for each row; copies, as a view would keep the logits of all rows alive with one work."""
+    return [part.copy() for part in np.split(logits, np.cumsum(counts)[:-1])]
 
 
 def _beginning(row: Row, length: int, past: Past | None) -> Row:

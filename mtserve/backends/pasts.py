@@ -48,7 +48,7 @@ class _Slot:
 class _Plan:
     """What one pass does in every layer.
 
-    new     which of the pass's tokens, rows one after another, are kept; None: all
+    new     which of the pass's tokens, in their order, are kept; None: all
     into    where they go: slot * capacity + position
     slots   whose keys and values are read; None: only those of the pass itself
     length  how many of them are read
@@ -58,6 +58,20 @@ class _Plan:
     into: Tensor
     slots: slice | Tensor | None
     length: int
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What rows that go on see.
+
+    positions   (rows, seq) of the new tokens
+    mask        (rows, 1, seq, kv), added to the scores
+    place       of each new token in the rectangle of rows and seq; None where it is full
+    """
+
+    positions: Tensor
+    mask: Tensor
+    place: Tensor | None
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not followed
@@ -180,19 +194,19 @@ class Pasts(Cache):  # type: ignore[misc]  # transformers is not followed
         agree = (tokens[0, :most] == row.ids[:most]) & (tokens[1, :most] == row.type_ids[:most])
         return most if agree.all() else int(agree.argmin())
 
-    def begin(self, rows: Sequence[Row], known: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Make ready for a pass that computes `rows` but for their first `known` tokens, padded at the right.
-
-        Rows without a past are not kept. For rows that go on: their positions, (rows, seq), and what is to be added to
-        the scores, (rows, 1, seq, kv), in the precision and on the device of `like`; None if no row knows a token.
+    def begin(self, rows: Sequence[Row], known: Sequence[int], like: Tensor, *, flat: bool) -> Seen | None:
+        """Make ready for a pass that computes `rows` but for their first `known` tokens, which lie end to end (`flat`)
+        or padded at the right. Rows without a past are not kept. What rows that go on see, in the precision and on the
+        device of `like`; None if no row knows a token.
         """
         lengths, first = np.array([len(row) for row in rows]), np.array(known)
         slots = np.array([0 if row.past is None else self.slot(row) for row in rows])
         steps = first[:, None] + np.arange((lengths - first).max())  # (rows, seq)
-        new = steps < lengths[:, None]
-        new &= np.array([row.past is not None for row in rows])[:, None]
+        real = steps < lengths[:, None]
+        new = real & np.array([row.past is not None for row in rows])[:, None]
         into = torch.from_numpy((slots[:, None] * self.shape[1] + steps)[new]).to(like.device)
-        which = None if new.all() else torch.from_numpy(np.flatnonzero(new)).to(like.device)
+        kept = new[real] if flat else new.ravel()
+        which = None if kept.all() else torch.from_numpy(np.flatnonzero(kept)).to(like.device)
         for row, count in zip(rows, known, strict=True):
             if row.past is not None:
                 slot = self._slots[self.slot(row)]
@@ -205,8 +219,9 @@ class Pasts(Cache):  # type: ignore[misc]  # transformers is not followed
         self.plan = _Plan(which, into, read, int(lengths.max()))
         positions = np.minimum(steps, lengths[:, None] - 1)
         seen = np.arange(lengths.max()) <= positions[:, :, None]  # (rows, seq, kv)
-        attention = torch.from_numpy(np.where(seen, np.float32(0), np.float32(-math.inf))[:, None])
-        return torch.from_numpy(positions).to(like.device), attention.to(like)
+        added = torch.from_numpy(np.where(seen, np.float32(0), np.float32(-math.inf))[:, None])
+        place = None if real.all() else torch.from_numpy(np.flatnonzero(real)).to(like.device)
+        return Seen(torch.from_numpy(positions).to(like.device), added.to(like), place)
 
     def done(self, rows: Sequence[Row]) -> None:
         """Record what stands in the slots of rows that were computed."""

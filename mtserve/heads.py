@@ -103,8 +103,8 @@ class FlatStates:
         steps = np.arange(counts.max())
         mask = steps < counts[:, None]  # (rows, seq)
         at = np.where(mask, starts[:, None] + steps, starts[:, None])
-        hidden = self.hidden.index_select(0, self._index(at.ravel())).unflatten(0, mask.shape)
-        return TrunkStates(hidden, None, self._index(mask))
+        hidden = self.hidden.index_select(0, self._index(at.ravel())).view(*mask.shape, -1)
+        return TrunkStates(hidden, None, self._index(mask.astype(np.int32)))
 
 
 def _spans(starts: Ints, counts: Ints) -> Ints:
@@ -152,7 +152,6 @@ class StockHead(nn.Module):
     @property
     def config(self) -> PretrainedConfig:
         return self.stock.config
-
 
     def forward(self, states: TrunkStates) -> Tensor:
         """(rows, n_out), or (rows, seq, n_out) from a head of token outputs."""

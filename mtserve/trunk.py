@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
@@ -44,10 +44,14 @@ def first_position(config: PretrainedConfig) -> int:
     return int(config.pad_token_id) + 1 if config.model_type in OFFSET_FAMILIES else 0
 
 
+def accepted(trunk: PreTrainedModel) -> frozenset[str]:
+    """Names of what a trunk takes."""
+    return _parameters(type(trunk).forward)
+
+
 @lru_cache
-def accepted(trunk: type[PreTrainedModel]) -> frozenset[str]:
-    """Names of what a family's trunk takes."""
-    return frozenset(inspect.signature(trunk.forward).parameters)
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def inputs_of(trunk: PreTrainedModel, ids: Tensor, type_ids: Tensor) -> dict[str, Any]:
@@ -61,7 +65,7 @@ def inputs_of(trunk: PreTrainedModel, ids: Tensor, type_ids: Tensor) -> dict[str
         inputs["inputs_embeds"] = words(ids) + words(type_ids) * (type_ids > 0)[:, :, None]
     else:
         inputs["input_ids"] = ids
-    if "token_type_ids" in accepted(type(trunk)) and getattr(config, "type_vocab_size", 0) > 1:
+    if "token_type_ids" in accepted(trunk) and getattr(config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = type_ids
     if hasattr(config, "use_cache"):
         inputs["use_cache"] = False

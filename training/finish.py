@@ -5,13 +5,14 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mtserve
+from mtserve.backends.eager import EagerBackend
 from mtserve.checkpoint import Checkpoint
 from mtserve.engine import Engine
 from mtserve.golden import golden_rows
@@ -57,6 +58,7 @@ class Result:
 def finish(config: RunConfig, run: Prepared, trained: Trained, *, command: str, beside: Mapping[str, Beside]) -> Result:
     """Evaluate all tasks and write the run's output. Raises CheckpointError."""
     folder = Path(config.output)
+    run = replace(run, engine=_serving(run))
     measured = partial(evaluate, run.engine, resamples=config.resamples)
     scores = {name: measured(name, of, beside=beside[name]) for name, of in run.data.items()}
     test = {
@@ -82,6 +84,12 @@ def finish(config: RunConfig, run: Prepared, trained: Trained, *, command: str, 
     else:
         _seal(config, run, result, command=command, text=text, pictures=pictures)
     return result
+
+
+def _serving(run: Prepared) -> Engine:
+    """An engine over the trained model that computes as one over the sealed checkpoint does, to the bit."""
+    pad_id = run.trunk.spec.pad_id
+    return Engine(run.engine.tasks.values(), EagerBackend(run.model.eval(), pad_id=pad_id), run.engine.text)
 
 
 def _seal(

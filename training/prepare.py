@@ -69,7 +69,7 @@ def prepare(config: RunConfig, *, base: Path) -> Prepared:
     check_best(config.training.best, measured)
     model = _model(trunk, data, seed=config.seed)
     tasks = [Task(name, of.kind, of.options) for name, of in data.items()]
-    engine = Engine(tasks, EagerBackend(model, pad_id=trunk.spec.pad_id), trunk.text())
+    engine = Engine(tasks, EagerBackend(model, pad_id=trunk.spec.pad_id, follow=True), trunk.text())
     return Prepared(trunk, data, model, runs, engine)
 
 

@@ -1,6 +1,8 @@
 """The torch backend: rows end to end, one trunk pass, each head on the positions that it reads.
 
-Where a family's attention cannot keep rows apart, they are padded at the right instead (`serving` finds out). A batch is one pass, or two: rows whose first tokens are known (from a past, or from a beginning that several rows
+Where a family's attention cannot keep rows apart, they are padded at the right instead (`serving` finds out).
+
+A batch is one pass, or two: rows whose first tokens are known (from a past, or from a beginning that several rows
 share and that the first pass encoded once) are computed from there on. A head that reads more than a row's last
 positions has its rows computed whole.
 """
@@ -18,7 +20,7 @@ import torch
 
 from mtserve.backends.flat import Rectangle
 from mtserve.backends.pasts import Pasts, reach
-from mtserve.backends.serving import Served, encode
+from mtserve.backends.serving import Served
 from mtserve.batching import Batch, Cost, padded_cost, real_cost
 from mtserve.heads import FlatStates
 from mtserve.model import Model
@@ -33,21 +35,25 @@ _WORTH_SHARING = 100  # tokens saved in a batch; for fewer, a second pass costs 
 
 class EagerBackend:
     """Runs a `Model` in PyTorch's eager mode. `follow` is for a model in training: its weights are used where they are,
-    in their own precision, so that they may change between two runs."""
+    in their own precision, so that they may change between two runs. `capture` makes the trunk's pass a graph (see
+    `captured`): seconds once, for less overhead in every pass."""
 
-    def __init__(self, model: Model, *, pad_id: int, profile: str = "fp32", follow: bool = False) -> None:
+    def __init__(
+        self, model: Model, *, pad_id: int, profile: str = "fp32", follow: bool = False, capture: bool = False
+    ) -> None:
         self.model = model
         self.pad_id = pad_id
         self.profile = profile
         self.tokens = 0
         self._follow = follow
+        self._capture = capture
         self.pasts = Pasts()
         self._reach = reach(model.trunk.config)
 
     @cached_property
     def served(self) -> Served:
         """The model as it computes; made when it is first asked for, on the device where the model is then."""
-        return Served(self.model, self.profile, follow=self._follow)
+        return Served(self.model, self.profile, follow=self._follow, capture=self._capture)
 
     @property
     def cost(self) -> Cost:
@@ -185,13 +191,16 @@ class EagerBackend:
         ids = np.concatenate([row.ids[start:] for row, start in zip(placed, first, strict=True)])
         types = np.concatenate([row.type_ids[start:] for row, start in zip(placed, first, strict=True)])
         at = np.concatenate([np.arange(start, len(row)) for row, start in zip(placed, first, strict=True)])
-        tensors = [self._moved(array) for array in (ids, types, at + self.served.first_position())]
-        more, layout, lengths = {}, None, counts[order].tolist()
+        positions = self._moved(at + self.served.first_position)
+        pasts, seen, lengths = None, None, counts[order].tolist()
         if any(row.past is not None for row in rows):
-            seen = self.pasts.begin(placed, first, self._like, flat=True)
-            more = {"past_key_values": self.pasts, "use_cache": True}
-            layout = None if seen is None else Rectangle((len(rows), int(counts.max())), seen.place, seen.mask)
-        hidden = encode(self.served.trunk, *tensors, lengths=lengths, layout=layout, **more)
+            pasts, seen = self.pasts, self.pasts.begin(placed, first, self.served.like, flat=True)
+        layout = (
+            self.served.layout(lengths)
+            if seen is None
+            else Rectangle((len(rows), int(counts.max())), seen.place, seen.mask)
+        )
+        hidden = self.served.encode(self._moved(ids), self._moved(types), positions, layout, pasts)
         starts = np.empty(len(rows), np.int32)
         starts[order] = np.cumsum([0, *lengths[:-1]])
         pooled = None if going_on else self.served.pooled(hidden.index_select(0, self._moved(starts)))
@@ -203,17 +212,13 @@ class EagerBackend:
         inputs = inputs_of(trunk, ids, type_ids) | {"attention_mask": mask}
         if any(row.past is not None for row in rows):
             inputs |= {"past_key_values": self.pasts, "use_cache": True}
-            if seen := self.pasts.begin(rows, known, self._like, flat=False):
+            if seen := self.pasts.begin(rows, known, self.served.like, flat=False):
                 inputs |= {"position_ids": seen.positions, "attention_mask": seen.mask}
         output = trunk(**inputs)
         counts = np.array([len(row) - start for row, start in zip(rows, known, strict=True)], np.int32)
         starts = np.arange(len(rows), dtype=np.int32) * seq
         hidden = output.last_hidden_state.flatten(0, 1)
         return FlatStates(hidden, starts, counts, getattr(output, "pooler_output", None))
-
-    @property
-    def _like(self) -> torch.Tensor:
-        return torch.empty((), dtype=self.served.dtype, device=self.served.device)
 
     def _moved(self, array: Ints) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(self.served.device)
@@ -233,7 +238,9 @@ class EagerBackend:
         """One array for each of these rows of the states, by index."""
         head = self.served.head(task)
         read = states.read(head, rows, answers)
-        logits = head(read.to(self.served.head_dtype(task))).float().cpu().numpy()  # (rows, n_out), or (rows, 1, n_out) a token
+        logits = (
+            head(read.to(self.served.head_dtype(task))).float().cpu().numpy()
+        )  # (rows, n_out), or (rows, 1, n_out) a token
         if not head.per_token:
             return list(logits)
         if head.reads == "all":
@@ -242,7 +249,7 @@ class EagerBackend:
 
 
 def _split(logits: Floats, counts: Ints) -> list[Floats]:
-    """So many of the first axis for each row; copies, as a view would keep the logits of all rows alive with one work."""
+    """So many of the first axis for each row; copies, as a view would keep all rows' logits alive with one work."""
     return [part.copy() for part in np.split(logits, np.cumsum(counts)[:-1])]
 
 

@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "mtserve_flat"
+HALVES = (torch.float16, torch.bfloat16)
 _HARMLESS = frozenset({"dropout", "position_ids", "use_cache", "deterministic", "cache_position"})
 """Keywords that change nothing about which tokens see which, or are given to layers that computed with them before."""
 
@@ -52,7 +53,7 @@ class Groups:
         found = []
         for first, rows, length in self.parts:
             q, k, v = (
-                of[:, first : first + rows * length].unflatten(1, (rows, length)).transpose(0, 1)
+                of[:, first : first + rows * length].view(len(of), rows, length, -1).transpose(0, 1)
                 for of in (query, key, value)
             )  # (rows, heads, length, dim)
             mask = _band(length, window, causal=causal, like=q) if window is not None and window < length else None
@@ -139,10 +140,8 @@ class Rectangle:
         if self.place is not None:
             full = new.new_zeros(self.shape[0] * self.shape[1], *new.shape[1:])
             new = full.index_copy_(0, self.place, new)
-        q = new.unflatten(0, self.shape).transpose(1, 2)  # (rows, heads, seq, dim)
-        out = scaled_dot_product_attention(
-            q, key, value, self.mask, scale=scale, enable_gqa=q.shape[1] != key.shape[1]
-        )
+        q = new.reshape(*self.shape, *new.shape[1:]).transpose(1, 2)  # (rows, heads, seq, dim)
+        out = scaled_dot_product_attention(q, key, value, self.mask, scale=scale, enable_gqa=q.shape[1] != key.shape[1])
         out = out.transpose(1, 2).flatten(0, 1)
         return out if self.place is None else out.index_select(0, self.place)
 
@@ -168,18 +167,17 @@ MOST_BLOCKED = 128
 """Tokens up to which rows of different lengths share one masked kernel call (docs/benchmarks.md)."""
 
 
-def fresh(lengths: Sequence[int], like: Tensor) -> Layout:
-    """The layout of fresh rows that lie in this order, longest first, for states like `like`."""
-    if like.is_cuda and like.dtype in (torch.float16, torch.bfloat16):
+def fresh(lengths: Sequence[int], varlen: torch.device | None = None) -> Layout:
+    """The layout of fresh rows that lie in this order, longest first; with `varlen` for that kernel on a device."""
+    if varlen is not None:
         limits = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-        return Varlen(limits.to(like.device, non_blocking=True), max(lengths))
+        return Varlen(limits.to(varlen, non_blocking=True), max(lengths))
     if lengths[0] != lengths[-1] and sum(lengths) <= MOST_BLOCKED:
         return Block(tuple(lengths))
-    parts, first, at = [], 0, 0
+    parts, first = [], 0
     for length, rows in zip(*_runs(lengths), strict=True):
         parts.append((first, rows, length))
         first += rows * length
-        at += rows
     return Groups(tuple(parts))
 
 

@@ -19,6 +19,7 @@ from mtserve.trunk import max_length
 
 _CAPABILITIES = ("_is_vnni_supported", "_is_amx_tile_supported")
 _OPERATORS = ("quantized::embedding_bag_byte_prepack", "onednn::qlinear_prepack", "onednn::qlinear_pointwise")
+_BLOCK = 512  # tokens at a time, whose intermediates stay in a cache; fresh memory for all would cost up to half more
 _TAIL = 8  # bytes behind a token's integers: its step and its smallest value, both float32
 _BALANCE = 0.35  # how much of the spread of input channels the weights take over; measured on MiniLM
 _ROWS, _ROW = 8, 64  # random tokens that show how far channels spread
@@ -41,47 +42,43 @@ class Int8Linear(nn.Module):
         if self.in_features % 4:
             raise ValueError(f"the inputs of an int8 linear must be a multiple of 4, not {self.in_features}")
         weight = weight.detach().float()
-        self._inverse = None
+        self._inverse: Tensor | None = None
         if spread is not None:
             smooth = _smooth(weight, spread)  # (in,)
             self._inverse, weight = smooth.reciprocal(), weight * smooth
         self._scale = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # (out,)
         integers = (weight / self._scale[:, None]).round().to(torch.int8)  # (out, in)
         self._sum = integers.sum(1) * self._scale  # (out,)
-        self._bias = None if bias is None else bias.detach().float().clone()
+        self._bias = torch.zeros(self.out_features) if bias is None else bias.detach().float().clone()
         self._zero = torch.zeros(self.out_features, dtype=torch.int32)
         # A token's tail goes through the product too, where it meets zeros: cheaper than a copy without it.
         self._packed = torch.ops.onednn.qlinear_prepack(functional.pad(integers, (0, _TAIL)), None)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) to (…, out)."""
-        if not x.numel():
-            return x.new_empty((*x.shape[:-1], self.out_features))
+        if 0 < x.numel() <= _BLOCK * self.in_features:
+            return self._products(x).add_(self._bias).to(x.dtype)
+        out = x.new_empty((*x.shape[:-1], self.out_features))
+        given, into = x.reshape(-1, self.in_features), out.view(-1, self.out_features)  # (tokens, in), (tokens, out)
+        for at in range(0, len(given), _BLOCK):
+            torch.add(self._products(given[at : at + _BLOCK]), self._bias, out=into[at : at + _BLOCK])
+        return out
+
+    def _products(self, x: Tensor) -> Tensor:
+        """(…, in) to (…, out) float32, without the bias."""
         given = x.float() if self._inverse is None else x * self._inverse
         tokens = torch.ops.quantized.embedding_bag_byte_prepack(given)  # (…, in + tail) uint8
-        step, low = tokens[..., self.in_features :].view(torch.float32).split(1, dim=-1)  # (…, 1) each
-        # Inputs have step 1 and zero point 0 here, outputs are float32, and nothing follows. Inputs of int8, or a bias
-        # or a zero point here, would be slower or wrong.
-        how: tuple[Any, ...] = (
-            1.0,
-            0,
-            self._packed,
-            self._scale,
-            self._zero,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
+        tails = tokens.view(torch.float32)  # (…, in / 4 + 2)
+        step, low = tails.narrow(-1, self.in_features // 4, 1), tails.narrow(-1, self.in_features // 4 + 1, 1)
+        # Inputs of step 1 and zero point 0, outputs of float32, nothing behind them. Signed inputs, which the operator
+        # takes too, have no fast kernel.
+        y = torch.ops.onednn.qlinear_pointwise(  # (…, out)
+            *(tokens, 1.0, 0, self._packed, self._scale, self._zero), *(None, 1.0, 0, torch.float32, "none", [], "")
         )
-        y = torch.ops.onednn.qlinear_pointwise(tokens, *how)  # (…, out)
-        y.mul_(step).addcmul_(low, self._sum)  # in place: at thousands of tokens, fresh memory costs a third more
-        return cast("Tensor", (y if self._bias is None else y.add_(self._bias)).to(x.dtype))
+        return cast("Tensor", y.mul_(step).addcmul_(low, self._sum))
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self._bias is not None}"
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 def obstacle() -> str | None:
@@ -91,6 +88,8 @@ def obstacle() -> str | None:
         return f"torch {torch.__version__} does not tell what the CPU can do: torch.cpu.{missing[0]} is missing"
     if not any(cast("Any", probe)() for probe in probes.values()):
         return "the CPU has neither VNNI units of AVX-512 nor AMX units"
+    if not torch._C._has_mkldnn:
+        return f"torch {torch.__version__} is built without oneDNN"
     for operator in _OPERATORS:
         library, name = operator.split("::")
         if not hasattr(getattr(torch.ops, library), name):

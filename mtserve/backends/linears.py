@@ -5,7 +5,7 @@ Knows no family: linears are found by their class (`nn.Linear`, and the `Conv1D`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,19 @@ from transformers.pytorch_utils import Conv1D
 class PackedLinear(nn.Module):
     """A linear layer whose weights lie as oneDNN's kernels read them, so that no call has to rearrange them.
 
-    weight (out, in); x (…, in) of the same precision to (…, out).
+    weight (out, in), bias (out,); x (…, in) in the layer's precision to (…, out). The weight that it was made of is
+    remembered, not copied, so that several can be made one.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.dtype = weight.dtype
-        self.register_buffer("bias", None if bias is None else bias.detach().contiguous(), persistent=False)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self.dtype, self.source = dtype, (weight.detach(), None if bias is None else bias.detach())
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous())
+        self.bias = None if bias is None else bias.detach().to(dtype).contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
         return out
 
 
@@ -34,7 +35,7 @@ class Lookup(nn.Module):
     """An embedding whose rows are turned into another precision when they are looked up, so that no second table is
     made; the same numbers as a table in that precision."""
 
-    def __init__(self, weight: nn.Parameter, padding_idx: int | None, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, padding_idx: int | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight, self.padding_idx, self.dtype = weight, padding_idx, dtype
 
@@ -42,9 +43,21 @@ class Lookup(nn.Module):
         return nn.functional.embedding(ids, self.weight).to(self.dtype)
 
 
-def can_pack(dtype: torch.dtype) -> bool:
+def together(layers: Sequence[PackedLinear]) -> PackedLinear:
+    """One layer that gives the outputs of several of the same input, one after another."""
+    weights, biases = zip(*(layer.source for layer in layers), strict=True)
+    bias = None
+    if any(one is not None for one in biases):
+        given = zip(weights, biases, strict=True)
+        bias = torch.cat([weight.new_zeros(len(weight)) if one is None else one for weight, one in given])
+    made = PackedLinear(torch.cat(weights), bias, layers[0].dtype)
+    made.source = (torch.empty(0), None)  # the joined copy is not needed again
+    return made
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether oneDNN has kernels for this precision on this processor."""
-    if not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
@@ -70,7 +83,7 @@ def pack_(module: nn.Module, dtype: torch.dtype, made: dict[int, PackedLinear]) 
         weight, bias = weight_of(layer)
         at = id(layer.get_parameter("weight"))
         if at not in made:
-            made[at] = PackedLinear(weight.to(dtype), None if bias is None else bias.to(dtype))
+            made[at] = PackedLinear(weight, bias, dtype)
         setattr(owner, name, made[at])
 
 

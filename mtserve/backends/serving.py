@@ -4,7 +4,8 @@ The trunk that serves is another tree of modules over the same parameters, with 
 is set there, packed weights and another precision leave the model as it was, so that it can go on training. Where the
 weights may change (`follow`), nothing is copied, so that the tree sees the change.
 
-That rows lie end to end is proven and not looked up in a table: random rows must give the states of the padded pass.
+What a trunk can do is shown and not looked up in a table: rows end to end must give the states of the model's own
+padded pass, and a captured pass those of the modules. Where that fails, the slower way is taken, and the log says so.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ import logging
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from mtserve.backends import flat, int8
+from mtserve.backends.captured import Captured, capture, put_back_, set_aside_
 from mtserve.backends.linears import Lookup, PackedLinear, can_pack, look_up_, pack_
+from mtserve.backends.pasts import Pasts
+from mtserve.backends.proof import Proof, difference
 from mtserve.heads import Head
 from mtserve.model import Model
-from mtserve.trunk import accepted, first_position, inputs_of, max_length
+from mtserve.trunk import accepted, first_position, inputs_of
 
 logger = logging.getLogger(__name__)
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -34,137 +36,163 @@ _FAILURES = (
     *(AssertionError, AttributeError, IndexError, KeyError),
     *(NotImplementedError, RuntimeError, TypeError, ValueError),
 )
-_PROOF = (7, 3, 12, 7)  # lengths of the random rows; of two there is a pair
-_LONGEST_WINDOW = 512  # a window up to this is proven by a row that is longer
+_CAPTURE_TOLERANCE = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.05}
+"""How far a captured pass may be from the modules': joined layers round once where two did, and an integer may fall on
+the other side of a half."""
+_HALF_TOLERANCE = 0.05
 
 
 class Served:
     """A trunk that serves, and its heads.
 
-    trunk   the tree of modules that computes
-    flat    whether it takes rows end to end; else padded ones
-    dtype   of the states between its layers
+    trunk     the tree of modules that computes
+    flat      whether it takes rows end to end; else padded ones
+    captured  its pass as a graph, where that was asked for and could be made
+    dtype     of the states between its layers
+
+    Raises SetupError for a profile that this hardware cannot run.
     """
 
-    def __init__(self, model: Model, profile: str, *, follow: bool = False) -> None:
+    def __init__(self, model: Model, profile: str, *, follow: bool = False, capture: bool = False) -> None:
         self.model, self.device = model, model.trunk.device
         self.dtype = model.trunk.dtype if follow else DTYPES[profile]
-        self.trunk, self.flat = _proven(model)
+        self.first_position = first_position(model.trunk.config)
+        self.captured: Captured | None = None
         self._follow = follow
         self._packed: dict[int, PackedLinear] = {}
         self._casts: dict[int, nn.Parameter] = {}
         self._heads: dict[str, Head] = {}
+        self._varlen = False
+        proof = Proof(model)
+        self.trunk = _copy(model.trunk).eval()
+        self.flat = self._prove(proof)
         if not follow:
             if profile == "int8":
-                int8.quantize_(self.trunk)
-            self._change(self.trunk)
+                _quantize_(self.trunk, model)
+            self._change(self.trunk, {})
+            if capture and self.flat and can_pack(self.dtype, self.device):
+                self._capture(proof, _CAPTURE_TOLERANCE[profile])
+        if self.flat and self.like.is_cuda and self.dtype in flat.HALVES:
+            self._varlen = self._prove_varlen(proof)
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor in the precision and on the device of the states."""
+        return torch.empty((), dtype=self.dtype, device=self.device)
+
+    def layout(self, lengths: Sequence[int]) -> flat.Layout:
+        """How fresh rows lie, longest first."""
+        return flat.fresh(lengths, self.like.device if self._varlen else None)
+
+    def encode(
+        self, ids: Tensor, type_ids: Tensor, positions: Tensor, layout: flat.Layout, pasts: Pasts | None = None
+    ) -> Tensor:
+        """One pass over tokens that lie end to end, all (tokens,) int64: last hidden states (tokens, hidden). What is
+        kept goes into `pasts`."""
+        if self.captured is not None:
+            return self.captured(ids, type_ids, positions, layout, pasts)
+        inputs = inputs_of(self.trunk, ids[None], type_ids[None])
+        if pasts is not None:
+            inputs |= {"past_key_values": pasts, "use_cache": True}
+        output = self.trunk(position_ids=positions[None], layout=layout, **inputs)
+        return cast("Tensor", output.last_hidden_state)[0]
+
+    def pooled(self, first: Tensor) -> Tensor | None:
+        """The trunk's own pooler over the states of rows' first tokens: (rows, hidden) to (rows, hidden). A pooler is a
+        module over (rows, seq, hidden), or as in ALBERT a linear layer with its activation beside it."""
+        pooler = getattr(self.trunk, "pooler", None)
+        if not isinstance(pooler, nn.Module):
+            return None
+        if (activation := getattr(self.trunk, "pooler_activation", None)) is not None:
+            return cast("Tensor", activation(pooler(first)))
+        return cast("Tensor", pooler(first[:, None]))
 
     def head(self, task: str) -> Head:
-        """A task's head: one over the whole vocabulary as the profile has it, since reading its matrix is a large part
+        """A task's head; one over the whole vocabulary as the profile has it, since reading its matrix is a large part
         of a step, others as they are in the model."""
         if self._follow or self.model.specs[task].architecture != "causal_lm":
             return self.model.head(task)
         if task not in self._heads:
             self._heads[task] = _copy(self.model.head(task))
-            self._change(self._heads[task])
+            self._change(self._heads[task], self._packed)
         return self._heads[task]
 
     def head_dtype(self, task: str) -> torch.dtype:
         """Precision of the states that a head takes."""
         return self.dtype if task in self._heads else self.model.trunk.dtype
 
-    def pooled(self, first: Tensor) -> Tensor | None:
-        """The trunk's own pooler over the states of rows' first tokens: (rows, hidden) to (rows, hidden)."""
-        return _pooled(self.trunk, first)
-
-    def first_position(self) -> int:
-        return first_position(self.trunk.config)
-
-    def _change(self, module: nn.Module) -> None:
-        """Put layers as the profile has them in the place of the model's."""
-        on_cpu = self.device.type == "cpu"
-        if on_cpu and can_pack(self.dtype):
-            pack_(module, self.dtype, self._packed)
+    def _change(self, module: nn.Module, packed: dict[int, PackedLinear]) -> None:
+        """Put layers as the profile has them in the place of the model's; `packed` are those made before."""
+        if can_pack(self.dtype, self.device):
+            pack_(module, self.dtype, packed)
         if self.dtype != self.model.trunk.dtype:
-            if on_cpu and self.flat:
+            if self.device.type == "cpu" and self.flat:
                 look_up_(module, self.dtype)
             _cast_(module, self.dtype, self._casts)
 
-
-def _proven(model: Model) -> tuple[PreTrainedModel, bool]:
-    """A trunk that serves, and whether it was shown to take rows end to end."""
-    made = _copy(model.trunk).eval()
-    off, reason = np.inf, "its attention is not called through Transformers' interface"
-    if made._can_set_attn_implementation() and "position_ids" in accepted(type(made)):
-        flat.register()
+    def _capture(self, proof: Proof, tolerance: float) -> None:
+        """Make the pass a graph, if that can be made and gives what the modules give; it takes over their layers."""
+        wanted = proof.states(self.encode, self.layout)
+        leaves = set_aside_(self.trunk)
+        used: Sequence[int] = ()
         try:
-            made.set_attn_implementation(flat.NAME)
-            with torch.inference_mode():
-                off = _error_of_flat_rows(model, made)
+            self.captured = capture(self.trunk, leaves)
+            off = difference(proof.states(self.encode, self.layout), wanted)
+            reason = None if off <= tolerance else f"states differ by {off:.1e}"
+            used = self.captured.used
+        except Exception as error:  # an export fails in many ways, and none of them matters but for speed
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if reason is not None:
+            self.captured, used = None, ()
+            logger.warning("the pass of %s is not captured: %s", self.trunk.config.model_type, reason)
+        put_back_(self.trunk, but=used)
+
+    def _prove(self, proof: Proof) -> bool:
+        """Whether the trunk takes rows end to end; it is left padding them if not."""
+        trunk = self.trunk
+        reason = "its attention is not called through Transformers' interface"
+        if trunk._can_set_attn_implementation() and "position_ids" in accepted(trunk):
+            flat.register()
+            try:
+                trunk.set_attn_implementation(flat.NAME)
+                off = self._flat_error(proof)
+                if off <= max(1e-4, 8 * torch.finfo(trunk.dtype).eps):
+                    return True
+                reason = f"states differ by {off:.1e}"
+            except _FAILURES as error:
+                reason = f"{type(error).__name__}: {error}"
+        logger.warning("rows of %s are padded to the longest of a batch: %s", trunk.config.model_type, reason)
+        self.trunk = _copy(self.model.trunk).eval()
+        return False
+
+    @torch.inference_mode()
+    def _flat_error(self, proof: Proof) -> float:
+        found, wanted = proof.states(self.encode, self.layout), proof.of_model()
+        if proof.padded.pooled is not None:
+            pooled = self.pooled(found[0][proof.starts])
+            assert pooled is not None, "its pooler cannot be called for rows alone"
+            found, wanted = [*found, pooled], [*wanted, proof.padded.pooled]
+        return difference(found, wanted)
+
+    def _prove_varlen(self, proof: Proof) -> bool:
+        """Whether the variable-length kernel of a GPU gives what one call a length does, in half precision."""
+        wanted = proof.states(self.encode, self.layout)
+        self._varlen = True
+        try:
+            off = difference(proof.states(self.encode, self.layout), wanted)
             reason = f"states differ by {off:.1e}"
         except _FAILURES as error:
-            reason = f"{type(error).__name__}: {error}"
-    if off <= max(1e-4, 8 * torch.finfo(made.dtype).eps):
-        return made, True
-    logger.warning("rows of %s are padded to the longest of a batch: %s", made.config.model_type, reason)
-    return _copy(model.trunk).eval(), False
+            off, reason = float("inf"), f"{type(error).__name__}: {error}"
+        if off > _HALF_TOLERANCE:
+            logger.warning("attention of %s takes a call a length: %s", self.trunk.config.model_type, reason)
+        return off <= _HALF_TOLERANCE
 
 
-def _error_of_flat_rows(model: Model, made: PreTrainedModel) -> float:
-    """Largest relative difference between states (and pooler outputs) of random rows end to end and padded."""
-    config, device = made.config, made.device
-    window = getattr(config, "sliding_window", None) or 0
-    longer = [min(window + 9, max_length(config) or window + 9)] if 0 < window <= _LONGEST_WINDOW else []
-    lengths = sorted([*_PROOF, *longer], reverse=True)
-    ids = np.random.default_rng(0).integers(0, config.vocab_size, sum(lengths))
-    pad = config.pad_token_id or 0
-    ids = torch.from_numpy(np.where(ids == pad, (pad + 1) % config.vocab_size, ids))
-    positions = torch.cat([torch.arange(n) for n in lengths]) + first_position(config)
-    found = encode(made, ids.to(device), torch.zeros_like(ids).to(device), positions.to(device), lengths=lengths)
-    rows = ids.split(lengths)
-    padded = pad_sequence(list(rows), batch_first=True, padding_value=pad).to(device)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
-    training = model.trunk.training
-    model.trunk.eval()
-    wanted = model.states(padded, mask, torch.zeros_like(padded))
-    model.trunk.train(training)
-    pairs = [(found, wanted.hidden[mask.bool()])]
-    if wanted.pooled is not None:
-        starts = torch.tensor(np.cumsum([0, *lengths[:-1]]), device=device)
-        pooled = _pooled(made, found[starts])
-        assert pooled is not None, "the pooler cannot be called for rows alone"
-        pairs.append((pooled, wanted.pooled))
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
-
-
-def encode(
-    trunk: PreTrainedModel,
-    ids: Tensor,
-    type_ids: Tensor,
-    positions: Tensor,
-    *,
-    lengths: Sequence[int] = (),
-    layout: flat.Layout | None = None,
-    **more: Any,
-) -> Tensor:
-    """One pass over tokens that lie end to end, all (tokens,) int64: last hidden states (tokens, hidden).
-
-    `lengths` of fresh rows, longest first, or a `layout`; `more` is given to the trunk as it is.
-    """
-    like = torch.empty((), dtype=trunk.dtype, device=ids.device)
-    inputs = inputs_of(trunk, ids[None], type_ids[None]) | more
-    output = trunk(position_ids=positions[None], layout=layout or flat.fresh(lengths, like), **inputs)
-    return cast("Tensor", output.last_hidden_state)[0]
-
-
-def _pooled(trunk: PreTrainedModel, first: Tensor) -> Tensor | None:
-    """A pooler that is a module over (rows, seq, hidden), or ALBERT's linear layer with its activation beside it."""
-    pooler = getattr(trunk, "pooler", None)
-    if not isinstance(pooler, nn.Module):
-        return None
-    if (activation := getattr(trunk, "pooler_activation", None)) is not None:
-        return cast("Tensor", activation(pooler(first)))
-    return cast("Tensor", pooler(first[:, None]))
+def _quantize_(trunk: PreTrainedModel, model: Model) -> None:
+    """Put 8-bit linears into the layers of a trunk that serves, made by a copy whose attention is still its own."""
+    made = _copy(model.trunk).eval()
+    for name in int8.quantize_(made):
+        trunk.set_submodule(name, made.get_submodule(name))
 
 
 def _copy(module: _Module) -> _Module:
@@ -179,7 +207,7 @@ def _cast_(module: nn.Module, dtype: torch.dtype, made: dict[int, nn.Parameter])
     for inner in module.modules():
         if isinstance(inner, Lookup):
             continue
-        for name, old in inner.named_parameters(recurse=False):
+        for name, old in list(inner.named_parameters(recurse=False)):
             if old.is_floating_point() and old.dtype != dtype:
                 if id(old) not in made:
                     made[id(old)] = nn.Parameter(old.detach().to(dtype), requires_grad=False)

@@ -88,13 +88,18 @@ class Engine:
 
         Raises InputError for a wrong parameter or a text that the task refuses.
         """
+        return self._prepare(name, example, parameters, self.text, stream=stream)
+
+    def _prepare(
+        self, name: str, example: Example, parameters: Mapping[str, Any] | None, text: Text, *, stream: bool
+    ) -> Work:
         task = self.task(name)
         chosen = validate(task.kind.parameters, parameters or {}, prefix="parameters.")
         task.kind.check(example, task.options, chosen)
         if stream:
             task.kind.check_stream(task.options, chosen)
-        work = Work(name, example, chosen, task.kind.rows(example, task.options, self.text), streamed=stream)
-        task.kind.begin(work, task.options, self.text)
+        work = Work(name, example, chosen, task.kind.rows(example, task.options, text), streamed=stream)
+        task.kind.begin(work, task.options, text)
         if room([work]) > self.max_past_tokens:
             found = f"the prompt and its answers may take {room([work])} tokens at once"
             raise InputError(f"{found}; allowed: {self.max_past_tokens} (shorter or fewer answers need less)")
@@ -105,17 +110,24 @@ class Engine:
     ) -> list[Work]:
         """Raw items (strings, mappings, examples) as works. Raises one InputError that names every bad item."""
         task = self.task(name)
+        examples: dict[int, Example] = {}
         works: list[Work] = []
         problems: list[Problem] = []
         validate(task.kind.parameters, parameters or {}, prefix="parameters.")
         for index, item in enumerate(items):
             try:
-                example = item if isinstance(item, task.kind.example) else task.kind.parse(item)
-                works.append(self.prepare(name, example, parameters, stream=stream))
+                examples[index] = item if isinstance(item, task.kind.example) else task.kind.parse(item)
+            except InputError as error:
+                problems += error.at(index).problems
+        texts = (text for example in examples.values() for text in task.kind.texts(example))
+        ahead = self.text.ahead(texts, task.options.preparation)
+        for index, example in examples.items():
+            try:
+                works.append(self._prepare(name, example, parameters, ahead, stream=stream))
             except InputError as error:
                 problems += error.at(index).problems
         if problems:
-            raise InputError(problems)
+            raise InputError(sorted(problems, key=lambda problem: problem.index or 0))
         return works
 
     def step(self, works: Sequence[Work]) -> tuple[list[Work], list[Work]]:

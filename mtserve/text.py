@@ -8,8 +8,9 @@ tokens inside a caller's text stay text.
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -23,6 +24,9 @@ from mtserve.preparation import Preparation, Prepared, expand
 from mtserve.rows import Row, make_row
 
 OnLong = Literal["truncate", "error", "window"]
+
+_WORTH_A_BATCH = 8
+"""Texts from which on waking the tokenizer's threads is cheaper than encoding one by one."""
 
 
 class TextSpec(BaseModel):
@@ -54,11 +58,13 @@ class Limits:
 @dataclass(frozen=True)
 class _Encoded:
     """A text's tokens, with no template around them, and how their offsets lead to the caller's characters: first
-    over the `before` characters of a separator, then over the preparation."""
+    over the `before` characters of a separator, then over the preparation. Cutting changes an encoding in place, so
+    one that is `shared` must not be cut."""
 
     tokens: Encoding
     prepared: Prepared
     before: int = 0
+    shared: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -88,6 +94,7 @@ class Text:
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = True  # not stored in the file
         self._tokenizer = tokenizer
+        self._known: Mapping[str, Encoding] = {}
         self.spec = spec
         added = tokenizer.get_added_tokens_decoder().values()
         specials = sorted((re.escape(t.content) for t in added if t.special), key=len, reverse=True)
@@ -100,6 +107,16 @@ class Text:
             return cls(path.read_text(encoding="utf-8"), spec)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing") from error
+
+    def ahead(self, texts: Iterable[str], preparation: Sequence[str] | None = None) -> Text:
+        """The same, for one batch: these texts, prepared by the task's steps, are encoded now, each once, by all the
+        tokenizer's own threads, and are not encoded again when rows are made of them."""
+        prepared = list(dict.fromkeys(self._prepare(text, preparation).text for text in texts))
+        made = copy.copy(self)
+        if len(prepared) >= _WORTH_A_BATCH:
+            encoded = self._tokenizer.encode_batch(prepared, add_special_tokens=False)
+            made._known = dict(zip(prepared, encoded, strict=True))
+        return made
 
     @property
     def vocab_size(self) -> int:
@@ -147,6 +164,7 @@ class Text:
             rows = self._windows(first, second, budget, stride=limits.stride, cut_first=cut_first, part=part)
             return [_ended(row, end) for row in rows]
         sizes = _fit(len(first), None if second is None else len(second), budget, cut_first=cut_first)
+        first, second = self._own(first), None if second is None else self._own(second)
         first.tokens.truncate(sizes[0])
         if second is not None:
             second.tokens.truncate(sizes[1])
@@ -168,7 +186,8 @@ class Text:
         row, with `reserved` tokens of an answer behind it, stays within `max_length`; the literals never are. Raises
         InputError if there is no room for a token of the text.
         """
-        head, tail, encoded = self.literal(before), self.literal(after), self._encode(text, preparation)
+        head, tail = self.literal(before), self.literal(after)
+        encoded = self._own(self._encode(text, preparation))
         taken, body = len(head) + len(tail) + reserved, encoded.tokens
         budget = max_length - taken
         if budget < 1:
@@ -208,7 +227,17 @@ class Text:
     def _encode(self, text: str, preparation: Sequence[str] | None, *, before: str = "") -> _Encoded:
         """`before` is the separator that a tokenizer without a pair template needs before a second text."""
         prepared = self._prepare(text, preparation)
-        return _Encoded(self._tokenizer.encode(before + prepared.text, add_special_tokens=False), prepared, len(before))
+        whole = before + prepared.text
+        if (known := self._known.get(whole)) is not None:
+            return _Encoded(known, prepared, len(before), shared=True)
+        return _Encoded(self._tokenizer.encode(whole, add_special_tokens=False), prepared, len(before))
+
+    def _own(self, encoded: _Encoded) -> _Encoded:
+        """The same, with an encoding that may be cut."""
+        if not encoded.shared:
+            return encoded
+        again = self._tokenizer.encode(encoded.prepared.text, add_special_tokens=False)
+        return replace(encoded, tokens=again, shared=False)
 
     def _row(
         self,
@@ -236,6 +265,7 @@ class Text:
     ) -> list[Row]:
         long_first = second is None or cut_first or len(first) >= len(second)
         long, other = (first, second) if long_first or second is None else (second, first)
+        long = self._own(long)
         size = budget - (0 if other is None else len(other))
         if size <= stride:
             found = f"the shorter text leaves room for {size} tokens of the longer one"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from mtserve.tasks.spans import (
     spans_to_tags,
     tag_names,
     tags_to_spans,
+    token_words,
     word_spans,
 )
 
@@ -73,3 +75,20 @@ def test_joined_words() -> None:
 
 def test_tag_names() -> None:
     assert tag_names(["a", "b"]) == ("O", "B-a", "I-a", "B-b", "I-b")
+
+
+@given(text=st.text("ab_1 .,-\t\n\x1c'", max_size=30))
+def test_words_of_plain_text_are_those_of_any_text(text: str) -> None:
+    """The short way for ASCII gives what the long way gives, here forced by a letter behind the text."""
+    assert word_spans(text) == [span for span in word_spans(text + " é") if span[1] <= len(text)]
+
+
+@given(data=st.data(), text=st.text("ab .é", max_size=20))
+def test_a_token_belongs_to_the_word_of_its_first_character_that_a_word_holds(data: st.DataObject, text: str) -> None:
+    words = word_spans(text)
+    limits = st.tuples(st.integers(0, len(text)), st.integers(0, len(text) + 2))
+    offsets = data.draw(st.lists(limits, min_size=1, max_size=6))
+    found = token_words(text, np.asarray(offsets, np.int32), words)
+    for (start, end), word in zip(offsets, found.tolist(), strict=True):
+        held = [n for at in range(start, min(end, len(text))) for n, (s, e) in enumerate(words) if s <= at < e]
+        assert word == (held[0] if held else -1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -212,3 +214,28 @@ def test_what_is_appended_is_never_cut() -> None:
     for pair, least in ((None, 5), ("two", 7)):
         with pytest.raises(InputError, match=rf"special tokens take {least - 1 - (pair is not None)} of 4 tokens"):
             TEXT.rows("one", pair, limits=Limits(4, append="[SEP][UNK]"))
+
+
+@pytest.mark.parametrize("on_long", ["truncate", "window"])
+@given(
+    pairs=st.lists(st.tuples(st.text("ab éz,", max_size=40), st.text("ab éz,", max_size=40)), min_size=1, max_size=9)
+)
+@settings(max_examples=40, deadline=None)
+def test_texts_encoded_ahead_make_the_same_rows(on_long: OnLong, pairs: list[tuple[str, str]]) -> None:
+    """Also where one text is used several times and cut each time."""
+    text = Text(TOKENIZER_JSON, TextSpec())
+    limits = Limits(16, on_long, 2)
+    ahead = text.ahead([one for pair in pairs for one in pair])
+
+    def rows(of: Text, first: str, second: str | None) -> Any:
+        try:
+            return [
+                (r.ids.tolist(), r.type_ids.tolist(), r.offsets.tolist(), r.cut, r.window, r.first)
+                for r in of.rows(first, second, limits=limits)
+            ]
+        except InputError as error:
+            return str(error)
+
+    for first, second in pairs * 2:
+        assert rows(ahead, first, second) == rows(text, first, second)
+        assert rows(ahead, first, None) == rows(text, first, None)

@@ -9,7 +9,7 @@ the manifest), all that a request may change is in its `Parameters`. Kinds know 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -166,6 +166,18 @@ class Work:
         return sum(row.cut for row in self.prompt)
 
 
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in a JSON-like value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _strings(inner)
+
+
 def room(works: Iterable[Work]) -> int:
     """Tokens that a backend may have to keep for these works at once: each sequence has the room of the longest."""
     kept = [work for work in works if work.reserved]
@@ -209,6 +221,11 @@ class Kind(Evaluation[O_, L_], Generic[O_, P_, E_, L_]):
     @abstractmethod
     def rows(self, example: E_, options: O_, text: Text) -> list[Row]:
         """The rows of an example, ordered by part, then window. Raises InputError."""
+
+    def texts(self, example: E_) -> Iterable[str]:
+        """The texts of an example that `rows` will ask the tokenizer for, so that many can be encoded at once. One
+        that is left out costs time and nothing else."""
+        return _strings(example.model_dump())
 
     def features(self, example: L_, options: O_, text: Text) -> tuple[list[Row], Any]:
         """Rows and target of a training example; the rows are those of `rows` unless the truth is part of them."""

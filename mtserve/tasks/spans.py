@@ -6,6 +6,7 @@ every trunk, and a span's limits are exact even where a token reaches over them.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -18,8 +19,13 @@ Span = tuple[int, int, str]
 """(start, end, label): end exclusive."""
 
 
+_ASCII_WORD = re.compile(r"\w+|[^\w\s]", re.ASCII)
+
+
 def word_spans(text: str) -> list[tuple[int, int]]:
     """Character spans of the words of a text: runs of letters, digits, marks and joiners; other characters alone."""
+    if text.isascii():
+        return [match.span() for match in _ASCII_WORD.finditer(text)]
     spans: list[tuple[int, int]] = []
     inside = False
     for at, char in enumerate(text):
@@ -45,16 +51,14 @@ def joined_words(words: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
 
 def token_words(text: str, offsets: Ints, words: Sequence[tuple[int, int]]) -> Ints:
     """(len,) index of the word that holds each token's first character other than a space; -1 where there is none."""
-    owner = np.full(len(text) + 1, -1, np.int32)
+    size = len(text)
+    owner = np.full(size + 1, -1, np.int32)
     for index, (start, end) in enumerate(words):
         owner[start:end] = index
-    found = np.full(len(offsets), -1, np.int32)
-    for token, (start, end) in enumerate(offsets.tolist()):
-        inside = owner[start:end]
-        held = inside[inside >= 0]
-        if len(held):
-            found[token] = held[0]
-    return found
+    held = np.where(owner >= 0, np.arange(size + 1), size)
+    following = np.minimum.accumulate(held[::-1])[::-1]  # the first character from here on that a word holds
+    at = following[np.minimum(offsets[:, 0], size)]
+    return np.where(at < np.minimum(offsets[:, 1], size), owner[at], -1).astype(np.int32)
 
 
 def tag_names(labels: Sequence[str]) -> tuple[str, ...]:

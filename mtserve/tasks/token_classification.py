@@ -117,6 +117,9 @@ class TokenClassification(
     def rows(self, example: TokenClassificationExample, options: TokenClassificationOptions, text: Text) -> list[Row]:
         return text.rows(example.joined, limits=options.limits)
 
+    def texts(self, example: TokenClassificationExample) -> tuple[str, ...]:
+        return (example.joined,)
+
     def head(self, options: TokenClassificationOptions) -> HeadSpec:
         return HeadSpec(architecture="token_classification", labels=tag_names(options.labels), reads="all")
 

@@ -19,7 +19,7 @@ Span = tuple[int, int, str]
 """(start, end, label): end exclusive."""
 
 
-_ASCII_WORD = re.compile(r"\w+|[^\w\s]", re.ASCII)
+_ASCII_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:

@@ -56,12 +56,35 @@ class Groups:
                 of[:, first : first + rows * length].view(len(of), rows, length, -1).transpose(0, 1)
                 for of in (query, key, value)
             )  # (rows, heads, length, dim)
-            mask = _band(length, window, causal=causal, like=q) if window is not None and window < length else None
-            out = scaled_dot_product_attention(
-                q, k, v, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=len(query) != len(key)
-            )
+            banded = window is not None and window < length
+            if _short(q):
+                mask = _band(length, window, causal=causal, like=q) if banded or causal else None
+                out = _products(q, k, v, mask, scale=scale)
+            else:
+                mask = _band(length, window, causal=causal, like=q) if banded else None
+                out = scaled_dot_product_attention(
+                    q, k, v, mask, is_causal=causal and not banded, scale=scale, enable_gqa=len(query) != len(key)
+                )
             found.append(out.transpose(1, 2).flatten(0, 1))
         return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _short(query: Tensor) -> bool:
+    """Whether whole matrix products are faster than the flash kernel on a CPU, whose tiles are larger than short rows
+    (docs/benchmarks.md): (rows, heads, length, dim)."""
+    rows, _, length, _ = query.shape
+    return query.device.type == "cpu" and length <= MOST_MULTIPLIED and (rows > 1 or query.dtype == torch.float32)
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float | None) -> Tensor:
+    """softmax(q k scale + mask) v with all scores in memory: (rows, heads, length, dim)."""
+    if query.shape[1] != key.shape[1]:
+        each = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(each, 1), value.repeat_interleave(each, 1)
+    q, k, v = (of.flatten(0, 1) for of in (query, key, value))  # (rows * heads, length, dim)
+    added, beta = (q.new_empty(1, 1, 1), 0.0) if mask is None else (mask[None], 1.0)
+    scores = torch.baddbmm(added, q, k.transpose(1, 2), beta=beta, alpha=scale or q.shape[2] ** -0.5)
+    return torch.bmm(torch.softmax(scores, -1), v).view(*query.shape[:3], -1)
 
 
 @dataclass(frozen=True)
@@ -163,6 +186,8 @@ def _band(length: int, window: int | None, *, causal: bool, like: Tensor) -> Ten
     return _added(_seen(length, window, causal=causal), like)
 
 
+MOST_MULTIPLIED = 96
+"""Longest rows whose scores are computed as one product, several rows and heads at once."""
 MOST_BLOCKED = 128
 """Tokens up to which rows of different lengths share one masked kernel call (docs/benchmarks.md)."""
 

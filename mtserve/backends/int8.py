@@ -54,28 +54,37 @@ class Int8Linear(nn.Module):
         # A token's tail goes through the product too, where it meets zeros: cheaper than a copy without it.
         self._packed = torch.ops.onednn.qlinear_prepack(functional.pad(integers, (0, _TAIL)), None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, in) to (…, out)."""
-        if 0 < x.numel() <= _BLOCK * self.in_features:
-            return self._products(x).add_(self._bias).to(x.dtype)
-        out = x.new_empty((*x.shape[:-1], self.out_features))
+    def forward(
+        self, x: Tensor, other: Tensor | None = None, *, activation: str | None = None, algorithm: str = "none"
+    ) -> Tensor:
+        """(…, in) to (…, out). An activation (gelu with its algorithm, or relu) and what is to be added, as `other`,
+        are done while a block is in a cache."""
+        out = torch.empty((*x.shape[:-1], self.out_features), device=x.device)
         given, into = x.reshape(-1, self.in_features), out.view(-1, self.out_features)  # (tokens, in), (tokens, out)
+        more = None if other is None else other.reshape(-1, self.out_features)
         for at in range(0, len(given), _BLOCK):
-            torch.add(self._products(given[at : at + _BLOCK]), self._bias, out=into[at : at + _BLOCK])
-        return out
+            block = slice(at, at + _BLOCK)
+            found = self._products(given[block], into=into[block])
+            if activation == "gelu":
+                torch.ops.aten.gelu_.default(found, approximate=algorithm)
+            elif activation == "relu":
+                found.relu_()
+            if more is not None:
+                found.add_(more[block])
+        return out.to(x.dtype)
 
-    def _products(self, x: Tensor) -> Tensor:
-        """(…, in) to (…, out) float32, without the bias."""
+    def _products(self, x: Tensor, *, into: Tensor) -> Tensor:
+        """(tokens, in) to (tokens, out) float32."""
         given = x.float() if self._inverse is None else x * self._inverse
-        tokens = torch.ops.quantized.embedding_bag_byte_prepack(given)  # (…, in + tail) uint8
-        tails = tokens.view(torch.float32)  # (…, in / 4 + 2)
+        tokens = torch.ops.quantized.embedding_bag_byte_prepack(given)  # (tokens, in + tail) uint8
+        tails = tokens.view(torch.float32)  # (tokens, in / 4 + 2)
         step, low = tails.narrow(-1, self.in_features // 4, 1), tails.narrow(-1, self.in_features // 4 + 1, 1)
         # Inputs of step 1 and zero point 0, outputs of float32, nothing behind them. Signed inputs, which the operator
         # takes too, have no fast kernel.
-        y = torch.ops.onednn.qlinear_pointwise(  # (…, out)
+        y = torch.ops.onednn.qlinear_pointwise.default(  # (tokens, out)
             *(tokens, 1.0, 0, self._packed, self._scale, self._zero), *(None, 1.0, 0, torch.float32, "none", [], "")
         )
-        return cast("Tensor", y.mul_(step).addcmul_(low, self._sum))
+        return torch.addcmul(self._bias, low, self._sum, out=into).addcmul_(y, step)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

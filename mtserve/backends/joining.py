@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from mtserve.backends.int8 import Int8Linear
 from mtserve.backends.linears import PackedLinear, together
 
 
@@ -130,17 +131,18 @@ class Joining:
         x, last = node.args[0], node
         function: Callable[..., Tensor] = _plain
         more: tuple[Any, ...] = ()
-        if isinstance(layer, PackedLinear) and len(node.users) == 1:
+        named: dict[str, Any] = {}
+        if isinstance(layer, (PackedLinear, Int8Linear)) and len(node.users) == 1:
             (user,) = node.users
             if (activation := _activation(user)) is not None:
-                last, function, more = user, _activated, activation
+                last, function, named = user, _activated, activation
             elif (other := _summand(user, node)) is not None:
                 last, function, more = user, _added, (other,)
         with self.graph.inserting_before(last):
             if isinstance(layer, PackedLinear):
-                new = self.graph.call_function(function, (x, *self._tensors(layer), *more))
+                new = self.graph.call_function(function, (x, *self._tensors(layer), *more), named)
             else:
-                new = self.graph.call_module(self._attribute(layer), (x,))
+                new = self.graph.call_module(self._attribute(layer), (x, *more), named)
         new.meta = dict(last.meta)
         last.replace_all_uses_with(new)
         for done in dict.fromkeys((last, node)):
@@ -166,12 +168,12 @@ class Joining:
                 self.graph.erase_node(node)
 
 
-def _activation(node: fx.Node) -> tuple[str, str] | None:
-    """oneDNN's name and algorithm of an activation."""
+def _activation(node: fx.Node) -> dict[str, str] | None:
+    """An activation's name and algorithm, as oneDNN has them."""
     if node.target is torch.ops.aten.gelu.default:
-        return "gelu", str(node.kwargs.get("approximate", "none"))
+        return {"activation": "gelu", "algorithm": str(node.kwargs.get("approximate", "none"))}
     if node.target is torch.ops.aten.relu.default:
-        return "relu", ""
+        return {"activation": "relu", "algorithm": ""}
     return None
 
 
@@ -190,8 +192,8 @@ def _plain(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return cast("Tensor", torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], ""))
 
 
-def _activated(x: Tensor, packed: Tensor, bias: Tensor | None, name: str, algorithm: str) -> Tensor:
-    return cast("Tensor", torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, name, [], algorithm))
+def _activated(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str, algorithm: str) -> Tensor:
+    return cast("Tensor", torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, activation, [], algorithm))
 
 
 def _added(x: Tensor, packed: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:

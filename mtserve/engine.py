@@ -8,7 +8,9 @@ Invariants (tests/test_contract.py and tests/tasks/test_generation.py hold them)
 however many works and tasks want it; a prediction does not depend on what else is in a batch, on the order of works or
 on the token budget (1e-5 in fp32); a work is in exactly one of the two lists that `step` returns, in the order given; a
 step that raises has advanced no work; a work that cannot be advanced is finished with its error and harms no other.
-Rows that go on from a past make passes of their own, since padding them to fresh rows would cost more than a pass.
+Rows that go on from a past make passes of their own, since padding them to fresh rows would cost more than a pass. A
+batch is launched before the answers of the one before are taken, so that a device that computes by itself need not wait
+for the host; at the end of a step none is under way.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from mtserve.backends.base import Backend
+from mtserve.backends.base import Backend, Pending
 from mtserve.batching import Batch, plan
 from mtserve.errors import ConfigError, InputError, Problem, UnknownTaskError
 from mtserve.rows import Row
@@ -49,6 +51,18 @@ class Counters:
     tokens: int = 0
     rows: int = 0
     trunk_passes: int = 0
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A batch under way.
+
+    takers   for each task and each row that it wants, the works that want it, and as which of their rows
+    """
+
+    pending: Pending
+    rows: int
+    takers: Mapping[str, Sequence[Sequence[tuple[Work, int]]]]
 
 
 class Engine:
@@ -142,17 +156,29 @@ class Engine:
             for at, row in enumerate(work.rows):
                 rows.setdefault(row.key, row)
                 wanted.setdefault(row.key, {}).setdefault(work.task, []).append((work, at))
-        fresh = [key for key, row in rows.items() if not self._known(row)]
-        going_on = [key for key, row in rows.items() if self._known(row)]
-        for keys in (fresh, going_on):
-            lengths = [len(rows[key]) - self._known(rows[key]) for key in keys]
-            for indexes in plan(lengths, budget=self.max_batch_tokens, cost=self.backend.cost):
-                self._run([keys[i] for i in indexes], rows, wanted)
+        ahead: _Ahead | None = None
+        try:
+            for keys in self._batches(rows):
+                launched = self._launch(keys, rows, wanted)
+                before, ahead = ahead, launched
+                self._take(before)
+        finally:
+            self._take(ahead)
         finished: list[Work] = []
         unfinished: list[Work] = []
         for work in works:
             (finished if self._advanced(work) else unfinished).append(work)
         return finished, unfinished
+
+    def _batches(self, rows: Mapping[Any, Row]) -> list[list[Any]]:
+        """Keys of rows that share a pass: fresh rows first, then those that go on."""
+        known = {key: self._known(row) for key, row in rows.items()}
+        found = []
+        for keys in ([key for key in rows if not known[key]], [key for key in rows if known[key]]):
+            lengths = [len(rows[key]) - known[key] for key in keys]
+            batches = plan(lengths, budget=self.max_batch_tokens, cost=self.backend.cost)
+            found += [[keys[i] for i in indexes] for indexes in batches]
+        return found
 
     def _known(self, row: Row) -> int:
         """Tokens of a row that the backend need not compute."""
@@ -169,22 +195,29 @@ class Engine:
             work.rows = []  # what the backend kept for it is free
         return finished
 
-    def _run(
+    def _launch(
         self, keys: list[Any], rows: Mapping[Any, Row], wanted: Mapping[Any, Mapping[str, list[tuple[Work, int]]]]
-    ) -> None:
-        """One trunk pass over distinct rows; each work that wants a row gets its own task's logits of it."""
+    ) -> _Ahead:
+        """One trunk pass over distinct rows, begun."""
         by_task: dict[str, list[int]] = {}
         for index, key in enumerate(keys):
             for task in wanted[key]:
                 by_task.setdefault(task, []).append(index)
         batch = Batch(tuple(rows[key] for key in keys), {task: tuple(i) for task, i in by_task.items()})
-        logits = self.backend.run(batch)
-        for task, indexes in batch.wanted.items():
-            for index, array in zip(indexes, logits[task], strict=True):
-                for work, at in wanted[keys[index]][task]:
+        takers = {task: [wanted[keys[index]][task] for index in indexes] for task, indexes in batch.wanted.items()}
+        return _Ahead(self.backend.launch(batch), len(keys), takers)
+
+    def _take(self, ahead: _Ahead | None) -> None:
+        """Each work that wants a row gets its own task's logits of it."""
+        if ahead is None:
+            return
+        logits = ahead.pending.result()
+        for task, takers in ahead.takers.items():
+            for each, array in zip(takers, logits[task], strict=True):
+                for work, at in each:
                     work.logits[at] = array
                     work.passes.add(self.counters.trunk_passes)
-        self.counters.rows += len(keys)
+        self.counters.rows += ahead.rows
         self.counters.tokens = self.backend.tokens
         self.counters.trunk_passes += 1
 

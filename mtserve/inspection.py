@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import isfinite
 from typing import Any
 
 from mtserve.checkpoint import Checkpoint
+from mtserve.decisions import flipped
 from mtserve.engine import Engine
 from mtserve.golden import GoldenReport, check_golden, largest_difference
 from mtserve.loading import load_checkpoint
+from mtserve.profiles import PRECISIONS
 
 MOST_COMPARED = 200
 
@@ -40,7 +41,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "trunk": manifest.trunk.model_dump(mode="json"),
         "text": manifest.text.model_dump(mode="json"),
         "tasks": tasks,
-        "profiles": {name: profile.model_dump() for name, profile in manifest.profiles.items()},
+        "profiles": {name: profile.model_dump(mode="json") for name, profile in manifest.profiles.items()},
         "bytes": {"all": sum(sizes.values()), "trunk": sizes[manifest.trunk.weights], "heads": heads},
         "provenance": manifest.provenance,
     }
@@ -52,12 +53,24 @@ def _preparation(own: tuple[str, ...] | None, shared: tuple[str, ...]) -> dict[s
 
 
 def verify(checkpoint: Checkpoint) -> list[GoldenReport]:
-    """Read every byte, load the model and encode the golden rows of every task again.
+    """Read every byte, load the model and encode the golden rows of every task again in fp32.
 
     Raises CheckpointError where a hash differs; whether golden rows are reproduced is in the reports.
     """
     checkpoint.verify()
-    return golden_reports(checkpoint, load_checkpoint(checkpoint))
+    return golden_reports(checkpoint, load_checkpoint(checkpoint, profile="fp32"))
+
+
+def verify_profiles(checkpoint: Checkpoint) -> dict[str, list[GoldenReport]]:
+    """As `verify`, in fp32 and then in every other accepted profile that this machine has units for."""
+    from mtserve.backends.hardware import device, hardware
+
+    found = {"fp32": verify(checkpoint)}
+    there = hardware(device())
+    for name in checkpoint.manifest.profiles:
+        if name in PRECISIONS and name not in found and PRECISIONS[name].pays(there):
+            found[name] = golden_reports(checkpoint, load_checkpoint(checkpoint, profile=name))
+    return found
 
 
 def golden_reports(checkpoint: Checkpoint, engine: Engine) -> list[GoldenReport]:
@@ -71,11 +84,14 @@ def golden_reports(checkpoint: Checkpoint, engine: Engine) -> list[GoldenReport]
 
 def compare(one: Checkpoint, other: Checkpoint) -> dict[str, Any]:
     """How two checkpoints differ: trunk, tasks and options, and for each common task the answers to the first one's
-    calibration rows (largest difference of a logit, share of decoded predictions that differ beyond it)."""
+    calibration rows, both in fp32 (largest difference of a logit, rows that are decided otherwise)."""
     left = {task.name: task for task in one.manifest.tasks}
     right = {task.name: task for task in other.manifest.tasks}
     common = [name for name in left if name in right and left[name].kind == right[name].kind]
-    engines = load_checkpoint(one), load_checkpoint(other)
+    engines = (
+        load_checkpoint(one, profile="fp32", accepted_only=False),
+        load_checkpoint(other, profile="fp32", accepted_only=False),
+    )
     return {
         "same_trunk": one.manifest.trunk.fingerprint == other.manifest.trunk.fingerprint,
         "only_here": [name for name in left if name not in right],
@@ -99,26 +115,10 @@ def _answers_differ(engines: tuple[Engine, Engine], task: str, records: list[dic
     examples = [kind.parse({name: record[name] for name in fields if name in record}) for record in records]
     works = [[engine.prepare(task, example) for example in examples] for engine in engines]
     predictions = [engine.run(batch) for engine, batch in zip(engines, works, strict=True)]
-    changed = sum(_decisions(a) != _decisions(b) for a, b in zip(*predictions, strict=True))
+    options = engines[0].task(task).options
+    changed = sum(flipped(a, b, options) for a, b in zip(*predictions, strict=True))
     worst = 0.0
     for a, b in zip(*works, strict=True):
         for x, y in zip(a.logits, b.logits, strict=False):
             worst = max(worst, largest_difference(x, y))
     return {"rows": len(records), "flips": changed, "largest_logit_difference": worst if isfinite(worst) else None}
-
-
-def _decisions(prediction: Any) -> list[Any]:
-    """What a prediction decides: its labels, indexes, limits and texts; of a score alone two decimals."""
-    return list(_leaves(prediction, "score" if isinstance(prediction, list) else None))
-
-
-def _leaves(value: Any, skip: str | None) -> Iterator[Any]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            if name != skip:
-                yield from _leaves(inner, skip)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _leaves(inner, skip)
-    else:
-        yield round(value, 2) if isinstance(value, float) else value

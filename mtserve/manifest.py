@@ -93,11 +93,58 @@ class TaskEntry(_Entry):
         return parsed
 
 
+class Speed(_Entry):
+    """How fast a profile was on one sort of hardware, and what was best there.
+
+    tokens_per_s   real tokens, with as many threads as there were cores
+    cores          usable ones; the threads hold where there are as many
+    threads        with which the profile that was chosen was fastest; of others None
+    keep_memory    whether that one was faster when the allocator keeps what is freed; of others None
+    versions       of what computed
+    measured       the day, UTC
+    """
+
+    tokens_per_s: float = Field(gt=0)
+    cores: int = Field(ge=1)
+    threads: int | None = Field(default=None, ge=1)
+    keep_memory: bool | None = None
+    versions: dict[str, str] = {}
+    measured: str = ""
+
+
+class Change(_Entry):
+    """By how much a task's metric differs from fp32's over all its calibration rows: 95 % are from `low` to `high`, by
+    a paired bootstrap. `flips` of its `rows` are decided otherwise."""
+
+    metric: str
+    fp32: float
+    change: float
+    low: float
+    high: float
+    flips: int = Field(ge=0)
+    rows: int = Field(ge=1)
+
+
 class Profile(_Entry):
     """An accepted way to run the checkpoint: logits may differ from the golden ones by `tolerance` times the larger
-    of 1 and the largest golden logit."""
+    of 1 and the largest golden logit. What follows is what `mtserve tune` measured; nothing of it where it never ran.
+
+    flips, rows   decided otherwise than in fp32, of how many calibration rows of all tasks
+    max_flips     the largest share that was allowed
+    tasks         what became of each task's metric
+    speeds        by hardware key
+    """
 
     tolerance: float = Field(gt=0)
+    flips: int | None = Field(default=None, ge=0)
+    rows: int | None = Field(default=None, ge=0)
+    max_flips: float | None = None
+    tasks: dict[str, Change] = {}
+    speeds: dict[str, Speed] = {}
+
+
+FP32 = Profile(tolerance=1e-4)
+"""What a checkpoint accepts that was never tuned, under the name `fp32`."""
 
 
 class Manifest(_Entry):
@@ -107,7 +154,7 @@ class Manifest(_Entry):
     trunk: TrunkEntry
     text: TextSpec
     tasks: tuple[TaskEntry, ...] = Field(min_length=1)
-    profiles: dict[str, Profile] = {"fp32": Profile(tolerance=1e-4)}
+    profiles: dict[str, Profile] = {"fp32": FP32}
     files: dict[str, FileEntry]
     provenance: dict[str, Any] = {}
 
@@ -124,8 +171,19 @@ class Manifest(_Entry):
         """That of an accepted profile. Raises CheckpointError for another one."""
         if profile not in self.profiles:
             accepted = ", ".join(self.profiles) or "none"
-            raise CheckpointError(f"profile {profile} is not accepted by the checkpoint; accepted: {accepted}")
+            raise CheckpointError(
+                f"profile {profile} is not accepted by the checkpoint; accepted: {accepted} (`mtserve tune` measures "
+                "others)"
+            )
         return self.profiles[profile].tolerance
+
+    @property
+    def accepted(self) -> dict[str, dict[str, float]]:
+        """Accepted profiles with their measured tokens a second by hardware key."""
+        return {
+            name: {key: speed.tokens_per_s for key, speed in profile.speeds.items()}
+            for name, profile in self.profiles.items()
+        }
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:

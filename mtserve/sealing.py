@@ -8,6 +8,7 @@ Invariants (tests/test_sealing.py holds them):
    the old checkpoint or the new one. Files that no manifest names are removed after the commit.
 3. What is not load-bearing (the card and its figures, the index through which plain Transformers finds the trunk)
    follows the commit.
+4. `accept_profiles` replaces the manifest and touches no other file.
 """
 
 from __future__ import annotations
@@ -31,10 +32,13 @@ from mtserve.manifest import (
     MANIFEST,
     FileEntry,
     GoldenRow,
+    Manifest,
+    Profile,
     TaskEntry,
     TrunkEntry,
     check_task_name,
     checked_manifest,
+    read_manifest,
 )
 from mtserve.safetensors_file import parameters, read_header
 from mtserve.tasks.base import Options
@@ -118,7 +122,7 @@ def seal(
     )
     parts = {"trunk": entry, "text": text, "tasks": entries, "files": writer.files, "provenance": provenance}
     manifest = checked_manifest({"format": FORMAT, "written_by": written_by, **parts}, folder / MANIFEST)
-    _replace(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+    _commit(folder, manifest)
     # Plain AutoModel.from_pretrained(trunk/) finds the weights through this index; nothing of ours reads it.
     index = {"metadata": {}, "weight_map": dict.fromkeys(read_header(folder / weights), Path(weights).name)}
     _replace(folder / INDEX, json.dumps(index, indent=1).encode())
@@ -126,6 +130,23 @@ def seal(
         _replace(folder / name, content)
     _remove_unnamed(folder, {*writer.files, *extras, INDEX})
     return Checkpoint.open(folder)
+
+
+def accept_profiles(checkpoint: Checkpoint, profiles: Mapping[str, Profile]) -> Checkpoint:
+    """Commit a manifest that accepts these profiles and says all else as before; returns the checkpoint anew.
+
+    Raises CheckpointError if the folder holds another version by now than the one that was opened.
+    """
+    if read_manifest(checkpoint.folder) != checkpoint.manifest:
+        raise CheckpointError(f"{checkpoint.folder} was written anew since it was opened; nothing is changed")
+    raw = checkpoint.manifest.model_dump(mode="json")
+    raw["profiles"] = {name: profile.model_dump(mode="json") for name, profile in profiles.items()}
+    _commit(checkpoint.folder, checked_manifest(raw, checkpoint.folder / MANIFEST))
+    return Checkpoint.open(checkpoint.folder)
+
+
+def _commit(folder: Path, manifest: Manifest) -> None:
+    _replace(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
 
 
 def _seal_task(writer: _Writer, task: TaskPart, trunk: str) -> TaskEntry:

@@ -1,9 +1,13 @@
-"""MTSERVE_* environment variables as frozen settings: where the model is, and limits. No setting changes an answer."""
+"""MTSERVE_* environment variables as frozen settings: where the model is, what computes, and limits.
+
+No setting changes ids, labels or templates. Device and profile change answers, and only as far as the checkpoint's
+manifest accepts.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -30,6 +34,30 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=8 * 2**20, ge=1, description="Largest request body; then 413.")
     max_text_chars: int = Field(default=1_000_000, ge=1, description="Longest single string of a request; then 413.")
     timeout_s: float = Field(default=60.0, gt=0, description="Longest time from acceptance to answer; then 504.")
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="What computes; auto is the GPU where there is one."
+    )
+    profile: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
+        default="auto",
+        description="Precision; auto is the fastest that the checkpoints accept and the hardware has units for.",
+    )
+    capture: bool = Field(
+        default=True,
+        description="Whether the trunk's pass is made a graph at start: some seconds, for less overhead in every pass.",
+    )
+    processes: int = Field(
+        default=1, ge=1, description="Servers that share this machine's cores; each takes its part of them."
+    )
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="Threads of a worker; by default as tuned on equal hardware, else all of its part of the cores.",
+    )
+    keep_memory: bool | None = Field(
+        default=None,
+        description="Whether freed memory is kept for the next pass (glibc); by default as tuned, else yes.",
+    )
 
     @field_validator("model", mode="before")
     @classmethod

@@ -16,10 +16,10 @@ import mtserve
 ROOT = Path(__file__).parent.parent
 LAYERS: list[set[str]] = [
     {"errors", "rows"},
-    {"settings", "resolve", "preparation", "batching", "safetensors_file"},
+    {"settings", "resolve", "preparation", "batching", "safetensors_file", "profiles"},
     {"text"},
     {"tasks", "trunk"},
-    {"ticket"},
+    {"ticket", "decisions"},
     {"heads"},
     {"model"},
     {"manifest"},
@@ -29,8 +29,10 @@ LAYERS: list[set[str]] = [
     {"backends"},
     {"engine"},
     {"golden", "scheduler"},
-    {"loading", "interop"},
-    {"inspection"},
+    {"loading", "interop", "comparison"},
+    {"inspection", "speeds"},
+    {"tuning"},
+    {"shown"},
     {"serve"},
     {"demo"},
     {"cli"},
@@ -38,6 +40,7 @@ LAYERS: list[set[str]] = [
 ]
 ONLY_IN = {
     "bentoml": {"serve"},
+    "prometheus_client": {"serve"},
     "starlette": {"serve"},
     "onnxruntime": {"backends", "export"},
     "tokenizers": {"text"},
@@ -144,7 +147,7 @@ def test_all_is_sorted_and_importable() -> None:
 
 def test_the_code_stays_small() -> None:
     """Budgets, raised only with a reason in docs/architecture.md; a file is about one noun."""
-    for package, budget in (("mtserve", 9100), ("training", 6600)):
+    for package, budget in (("mtserve", 12_400), ("training", 6600)):
         sizes = {path: len(path.read_text(encoding="utf-8").splitlines()) for _, path in modules(package)}
         assert sum(sizes.values()) <= budget
         too_long = {str(path.relative_to(ROOT)): size for path, size in sizes.items() if size > 330}

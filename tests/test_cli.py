@@ -11,7 +11,7 @@ import pytest
 
 from tests.tiny import tiny, write_checkpoint
 
-COMMANDS = ["train", "serve", "predict", "inspect", "demo", "import notebook", "import models", "heads split"]
+COMMANDS = ["train", "serve", "predict", "inspect", "tune", "demo", "import notebook", "import models", "heads split"]
 
 
 @pytest.fixture(scope="module")

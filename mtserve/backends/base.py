@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from mtserve.batching import Batch, Cost
 from mtserve.rows import Floats
+
+Answers = dict[str, list[Floats]]
+"""For each task one array for each wanted row, in order: (n_out,); (len, n_out) where the head reads all positions and
+answers for each; (answers, n_out) where it reads the last ones and answers for each."""
+
+
+class Pending(Protocol):
+    """Answers of a batch that was launched."""
+
+    def result(self) -> Answers:
+        """Wait for them; to be called once, in the thread that launched. Raises what went wrong on the way."""
+        ...
+
+
+@dataclass(frozen=True)
+class Done:
+    """Answers of a backend that computes when it launches."""
+
+    answers: Answers
+
+    def result(self) -> Answers:
+        return self.answers
 
 
 class Backend(Protocol):
@@ -13,7 +36,8 @@ class Backend(Protocol):
 
     cost      what a batch costs this backend, in tokens
     profile   how it computes, as the manifest names it
-    tokens    how many it has computed so far: those of rows, but for what it knew of them; no padding
+    tokens    how many it has computed so far, in batches whose answers were taken: those of rows, but for what it knew
+              of them; no padding
     keeps     whether it keeps pasts, so that a pass computes the `pending` tokens of a row. One that does not computes
               every row whole and leaves the lengths of pasts as they are
     """
@@ -27,15 +51,17 @@ class Backend(Protocol):
     @property
     def keeps(self) -> bool: ...
 
-    def run(self, batch: Batch) -> dict[str, list[Floats]]:
-        """One trunk pass over the batch's rows, then each task's head on the rows that it wants.
+    def launch(self, batch: Batch) -> Pending:
+        """Begin one trunk pass over the batch's rows, and each task's head on the rows that it wants; a device that
+        computes by itself goes on while the next batch is made. Batches compute in the order of their launches.
 
-        For each task one array for each wanted row, in order: (n_out,); (len, n_out) where the head reads all positions
-        and answers for each; (answers, n_out) where it reads the last ones and answers for each.
-
-        Rows may be fresh or go on from pasts, of which no two share one. A past has the length of its row afterwards if
-        it is kept, and the length that it had if this raises.
+        Rows may be fresh or go on from pasts, of which no two share one; nor do those of batches under way. A past has
+        the length of its row once the answers are taken, if it is kept, and the length that it had if either raises.
         """
+        ...
+
+    def run(self, batch: Batch) -> Answers:
+        """Launch, and wait for the answers."""
         ...
 
     def release(self) -> None:

@@ -5,6 +5,9 @@ Where a family's attention cannot keep rows apart, they are padded at the right 
 A batch is one pass, or two: rows whose first tokens are known (from a past, or from a beginning that several rows
 share and that the first pass encoded once) are computed from there on. A head that reads more than a row's last
 positions has its rows computed whole.
+
+On a GPU a launch enqueues all of that, with the copies of the logits behind it, and returns; only logits come back, of
+the positions that were asked for. Nothing on the way waits for the device where the trunk takes rows end to end.
 """
 
 from __future__ import annotations
@@ -13,18 +16,23 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 
+from mtserve.backends.base import Answers
 from mtserve.backends.flat import Rectangle
+from mtserve.backends.graphs import Graphs, graphs_of
+from mtserve.backends.launched import Launched, Logits
 from mtserve.backends.pasts import Pasts, reach
+from mtserve.backends.proof import Proof
 from mtserve.backends.serving import Served
+from mtserve.backends.staging import Lane, moved, sent, staged
 from mtserve.batching import Batch, Cost, padded_cost, real_cost
 from mtserve.heads import FlatStates
 from mtserve.model import Model
-from mtserve.rows import Floats, Ints, Past, Row, make_row
+from mtserve.rows import Ints, Past, Row, make_row
 from mtserve.trunk import inputs_of, is_causal
 
 logger = logging.getLogger(__name__)
@@ -36,37 +44,64 @@ _WORTH_SHARING = 100  # tokens saved in a batch; for fewer, a second pass costs 
 class EagerBackend:
     """Runs a `Model` in PyTorch's eager mode. `follow` is for a model in training: its weights are used where they are,
     in their own precision, so that they may change between two runs. `capture` makes the trunk's pass a graph (see
-    `captured`): seconds once, for less overhead in every pass."""
+    `captured`): seconds once, for less overhead in every pass; `graphs` does so on a GPU, for passes over few tokens
+    (see `graphs`)."""
 
     def __init__(
-        self, model: Model, *, pad_id: int, profile: str = "fp32", follow: bool = False, capture: bool = False
+        self,
+        model: Model,
+        *,
+        pad_id: int,
+        profile: str = "fp32",
+        follow: bool = False,
+        capture: bool = False,
+        graphs: bool = False,
     ) -> None:
         self.model = model
         self.pad_id = pad_id
         self.profile = profile
         self.tokens = 0
         self._follow = follow
-        self._capture = capture
+        self.capture = capture
+        self._with_graphs = graphs and not follow
         self.pasts = Pasts()
         self._reach = reach(model.trunk.config)
 
     @cached_property
     def served(self) -> Served:
         """The model as it computes; made when it is first asked for, on the device where the model is then."""
-        return Served(self.model, self.profile, follow=self._follow, capture=self._capture)
+        return Served(self.model, self.profile, follow=self._follow, capture=self.capture)
+
+    @cached_property
+    def lane(self) -> Lane:
+        return Lane(self.model.trunk.device)
+
+    @cached_property
+    def graphs(self) -> Graphs | None:
+        """Recorded passes over few tokens, where they were asked for and could be made."""
+        if not self._with_graphs:
+            return None
+        with self._evaluating():
+            return graphs_of(self.served, Proof(self.model))
 
     @property
     def cost(self) -> Cost:
         return real_cost if self.served.flat else padded_cost
 
-    def run(self, batch: Batch) -> dict[str, list[Floats]]:
-        if self.served.device != self.model.trunk.device:  # a training moves its model after this was made
-            del self.served
+    def run(self, batch: Batch) -> Answers:
+        return self.launch(batch).result()
+
+    def launch(self, batch: Batch) -> Launched:
+        if self.lane.device != self.model.trunk.device:  # a training moves its model after this was made
+            for made in ("served", "lane", "graphs"):
+                self.__dict__.pop(made, None)
+            self._forget()
         with self._evaluating():
-            return self._run(batch)
+            return self._launch(batch)
 
     def release(self) -> None:
-        self.pasts.admit([])
+        with torch.inference_mode(), self.lane.entered():
+            self.pasts.admit([])
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -74,7 +109,7 @@ class EagerBackend:
         if training:  # switching modes visits every module, which would cost a short request a tenth
             self.model.eval()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self.lane.entered():
                 yield
         finally:
             if training:
@@ -117,8 +152,9 @@ class EagerBackend:
         ]
         return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
-    def _run(self, batch: Batch) -> dict[str, list[Floats]]:
+    def _launch(self, batch: Batch) -> Launched:
         rows = [self._kept(row) for row in batch.rows]
+        kept = [row for row in rows if row.past is not None]
         entire = {at for task, some in batch.wanted.items() if self.served.head(task).reads != "last" for at in some}
         groups = self._groups({at: row for at, row in enumerate(rows) if at not in entire})
         beginnings = [_beginning(rows[group[0]], rows[group[0]].shared, Past()) for group in groups]
@@ -130,24 +166,29 @@ class EagerBackend:
             for at in group:
                 rows[at] = replace(rows[at], past=beginning.past.fork())
                 known[at] = len(beginning)
-        logits: dict[str, dict[int, Floats]] = {task: {} for task in batch.wanted}
+        logits: list[Logits] = []
         fresh = [at for at in range(len(rows)) if not known.get(at)]
         if fresh or beginnings:
             some = {at: rows[at] for at in fresh}
             states = self._computed([*some.values(), *beginnings], [0] * (len(some) + len(beginnings)))
-            self._answer(batch, some, states, logits)
+            logits += self._answers(batch, some, states)
         if going_on := [at for at in known if known[at]]:
             if groups:
                 self.pasts.admit([rows[at] for at in going_on])
             going_on.sort(key=lambda at: self.pasts.slot(rows[at]))
             some = {at: rows[at] for at in going_on}
             states = self._computed([*some.values()], [known[at] for at in going_on])
-            self._answer(batch, some, states, logits)
-        self.tokens += sum(map(len, rows)) - sum(known.values()) + sum(map(len, beginnings))
-        for row in rows:
-            if row.past is not None:
-                row.past.length = len(row)
-        return {task: [logits[task][at] for at in some] for task, some in batch.wanted.items()}
+            logits += self._answers(batch, some, states)
+        tokens = sum(map(len, rows)) - sum(known.values()) + sum(map(len, beginnings))
+        taken = partial(self._count, tokens)
+        return Launched(batch, kept, logits, self.lane, self.lane.mark(), taken, self._forget)
+
+    def _count(self, tokens: int) -> None:
+        self.tokens += tokens
+
+    def _forget(self) -> None:
+        """Trust nothing that is kept: a pass failed on the way, and what it wrote is unknown."""
+        self.pasts = Pasts()
 
     def _keeps(self, row: Row) -> bool:
         return len(row) <= self._reach and self.keeps
@@ -188,19 +229,27 @@ class EagerBackend:
         order = range(len(rows)) if going_on else np.argsort(-counts, kind="stable").tolist()
         placed = [rows[at] for at in order]
         first = [known[at] for at in order]
-        ids = np.concatenate([row.ids[start:] for row, start in zip(placed, first, strict=True)])
-        types = np.concatenate([row.type_ids[start:] for row, start in zip(placed, first, strict=True)])
-        at = np.concatenate([np.arange(start, len(row)) for row, start in zip(placed, first, strict=True)])
-        positions = self._moved(at + self.served.first_position)
+        each, begins = list(zip(placed, first, strict=True)), self.served.first_position
+        lines = staged(
+            (
+                [row.ids[start:] for row, start in each],
+                [row.type_ids[start:] for row, start in each],
+                [np.arange(begins + start, begins + len(row), dtype=np.int32) for row, start in each],
+            ),
+            device=self.served.device,
+        )
         pasts, seen, lengths = None, None, counts[order].tolist()
         if any(row.past is not None for row in rows):
             pasts, seen = self.pasts, self.pasts.begin(placed, first, self.served.like, flat=True)
-        layout = (
-            self.served.layout(lengths)
-            if seen is None
-            else Rectangle((len(rows), int(counts.max())), seen.place, seen.mask)
-        )
-        hidden = self.served.encode(self._moved(ids), self._moved(types), positions, layout, pasts)
+        hidden = None if pasts is not None or self.graphs is None else self.graphs(lines, lengths)
+        if hidden is None:
+            layout = (
+                self.served.layout(lengths)
+                if seen is None
+                else Rectangle((len(rows), int(counts.max())), seen.place, seen.mask)
+            )
+            ids, type_ids, positions = sent(lines, self.served.device).unbind()
+            hidden = self.served.encode(ids, type_ids, positions, layout, pasts)
         starts = np.empty(len(rows), np.int32)
         starts[order] = np.cumsum([0, *lengths[:-1]])
         pooled = None if going_on else self.served.pooled(hidden.index_select(0, self._moved(starts)))
@@ -208,7 +257,8 @@ class EagerBackend:
 
     def _computed_padded(self, rows: Sequence[Row], known: Sequence[int]) -> FlatStates:
         trunk, seq = self.served.trunk, max(len(row) - start for row, start in zip(rows, known, strict=True))
-        ids, mask, type_ids = (t.to(self.served.device) for t in padded(rows, pad_id=self.pad_id, known=known))
+        on_host = padded(rows, pad_id=self.pad_id, known=known)
+        ids, mask, type_ids = (sent(one, self.served.device) for one in on_host)
         inputs = inputs_of(trunk, ids, type_ids) | {"attention_mask": mask}
         if any(row.past is not None for row in rows):
             inputs |= {"past_key_values": self.pasts, "use_cache": True}
@@ -221,36 +271,23 @@ class EagerBackend:
         return FlatStates(hidden, starts, counts, getattr(output, "pooler_output", None))
 
     def _moved(self, array: Ints) -> torch.Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(self.served.device)
+        return moved(array, self.served.device)
 
-    def _answer(
-        self, batch: Batch, rows: Mapping[int, Row], states: FlatStates, logits: Mapping[str, dict[int, Floats]]
-    ) -> None:
+    def _answers(self, batch: Batch, rows: Mapping[int, Row], states: FlatStates) -> Iterator[Logits]:
         """Each head on those of these rows that its task wants; `states` are of these rows, in order."""
         place = {at: index for index, at in enumerate(rows)}
         for task, wanted in batch.wanted.items():
             if some := [at for at in wanted if at in place]:
                 which = np.array([place[at] for at in some], np.int32)
-                answers = self._head(task, states, which, np.array([rows[at].answers for at in some], np.int32))
-                logits[task].update(zip(some, answers, strict=True))
-
-    def _head(self, task: str, states: FlatStates, rows: Ints, answers: Ints) -> list[Floats]:
-        """One array for each of these rows of the states, by index."""
-        head = self.served.head(task)
-        read = states.read(head, rows, answers)
-        logits = (
-            head(read.to(self.served.head_dtype(task))).float().cpu().numpy()
-        )  # (rows, n_out), or (rows, 1, n_out) a token
-        if not head.per_token:
-            return list(logits)
-        if head.reads == "all":
-            return _split(logits[:, 0], states.counts[rows])
-        return _split(logits[:, 0], answers)
-
-
-def _split(logits: Floats, counts: Ints) -> list[Floats]:
-    """So many of the first axis for each row; copies, as a view would keep all rows' logits alive with one work."""
-    return [part.copy() for part in np.split(logits, np.cumsum(counts)[:-1])]
+                answers = np.array([rows[at].answers for at in some], np.int32)
+                head = self.served.head(task)
+                read = states.read(head, which, answers).to(self.served.head_dtype(task))
+                values = self.lane.fetched(head(read).float())  # (rows, n_out), or (rows, 1, n_out) a token
+                if head.per_token:
+                    counts = states.counts[which] if head.reads == "all" else answers
+                    yield Logits(task, some, values[:, 0], counts)
+                else:
+                    yield Logits(task, some, values, None)
 
 
 def _beginning(row: Row, length: int, past: Past | None) -> Row:

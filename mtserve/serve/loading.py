@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mtserve.checkpoint import Checkpoint
 from mtserve.engine import Engine
 from mtserve.errors import CheckpointError, ConfigError, InputError
 from mtserve.golden import GoldenReport, check_golden
-from mtserve.loading import load_checkpoint
-from mtserve.manifest import TaskEntry, check_task_name
+from mtserve.loading import InForce, in_force, load_checkpoint
+from mtserve.manifest import Speed, TaskEntry, check_task_name
 from mtserve.resolve import resolve
 from mtserve.scheduler import Scheduler
+from mtserve.serve.share import Share
 from mtserve.serve.table import ServedTask, ServedTrunk, TaskTable, clash
 from mtserve.settings import Settings
 
@@ -70,8 +71,9 @@ def _prefixed(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
     return replace(checkpoint, manifest=manifest.model_copy(update={"tasks": tasks}))
 
 
-def load_table(settings: Settings) -> TaskTable:
-    """Load every checkpoint of the settings, those of one trunk as one model.
+def load_table(settings: Settings, *, workers: int = 1) -> TaskTable:
+    """Load every checkpoint of the settings, those of one trunk as one model, in this process: one of so many `workers`
+    that share the machine, each with a model of its own.
 
     Raises what `open_checkpoints` and `load_checkpoint` raise.
     """
@@ -82,7 +84,10 @@ def load_table(settings: Settings) -> TaskTable:
         of_trunk.setdefault((manifest.trunk.fingerprint, manifest.files["trunk/config.json"].sha256), []).append(
             checkpoint
         )
-    served = {task.name: task for together in of_trunk.values() for task in _serve(together, settings)}
+    share = Share.of(settings, workers=workers)
+    loaded = [_load(together, settings) for together in of_trunk.values()]
+    share.settle([speed for each in loaded for speed in each.speeds(share.cores)])
+    served = {task.name: task for each in loaded for task in _serve(each, settings, share)}
     table = TaskTable.of((served[entry.name] for each in checkpoints for entry in each.manifest.tasks), settings)
     for task in table.tasks.values():
         if task.problem is not None:
@@ -92,17 +97,51 @@ def load_table(settings: Settings) -> TaskTable:
     return table
 
 
-def _serve(checkpoints: Sequence[Checkpoint], settings: Settings) -> list[ServedTask]:
-    """The tasks of checkpoints with the same trunk, by one engine and one queue."""
+@dataclass(frozen=True)
+class _Loaded:
+    """Checkpoints of one trunk with their engine."""
+
+    checkpoints: Sequence[Checkpoint]
+    engine: Engine
+    in_force: InForce
+
+    def speeds(self, cores: int) -> list[Speed]:
+        """What tuning found for the profile in force on hardware like this with so many cores."""
+        of = [each.manifest.profiles.get(self.in_force.profile) for each in self.checkpoints]
+        found = [None if one is None else one.speeds.get(self.in_force.hardware.key) for one in of]
+        return [speed for speed in found if speed is not None and speed.cores == cores]
+
+
+def _load(checkpoints: Sequence[Checkpoint], settings: Settings) -> _Loaded:
     engine = load_checkpoint(
-        *checkpoints, max_batch_tokens=settings.max_batch_tokens, max_past_tokens=settings.max_past_tokens
+        *checkpoints,
+        profile=None if settings.profile == "auto" else settings.profile,
+        device=settings.device,
+        capture=settings.capture,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_past_tokens=settings.max_past_tokens,
     )
-    checked = [(entry, *_golden(each, engine, entry)) for each in checkpoints for entry in each.manifest.tasks]
+    return _Loaded(checkpoints, engine, in_force(engine, checkpoints[0].manifest.trunk.fingerprint))
+
+
+def _serve(loaded: _Loaded, settings: Settings, share: Share) -> list[ServedTask]:
+    """The tasks of checkpoints with the same trunk, by one engine and one queue."""
+    engine, entry = loaded.engine, loaded.checkpoints[0].manifest.trunk
+    checked = [(task, *_golden(each, engine, task)) for each in loaded.checkpoints for task in each.manifest.tasks]
     scheduler = Scheduler(engine, max_queue_tokens=settings.max_queue_tokens, timeout_s=settings.timeout_s)
-    trunk = ServedTrunk(checkpoints[0].manifest.trunk, engine, scheduler)
+    trunk = ServedTrunk(entry, engine, scheduler, loaded.in_force, share.threads)
+    logger.info(
+        "trunk %s (%s): profile %s on %s, %s, %d threads",
+        entry.fingerprint[:12],
+        entry.family,
+        loaded.in_force.profile,
+        loaded.in_force.hardware.key,
+        "no padding" if loaded.in_force.padding_free else "rows padded",
+        share.threads,
+    )
     return [
-        ServedTask(engine.task(entry.name), entry, trunk, golden=report, problem=problem)
-        for entry, report, problem in checked
+        ServedTask(engine.task(task.name), task, trunk, golden=report, problem=problem)
+        for task, report, problem in checked
     ]
 
 

@@ -7,11 +7,15 @@ Importing loads nothing: the parent process, which only watches its worker, and 
 from __future__ import annotations
 
 import asyncio
+import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import bentoml
 from bentoml._internal import server as bentoml_server
+from bentoml._internal.configuration.containers import BentoMLContainer
+from bentoml._internal.resource import system_resources
 from starlette.exceptions import HTTPException
 
 from mtserve.errors import CapacityError, ConfigError, MtserveError, SetupError
@@ -21,7 +25,7 @@ from mtserve.serve.app import PREDICT_FIELDS, make_app
 from mtserve.serve.body import check_object
 from mtserve.serve.loading import load_table, open_checkpoints
 from mtserve.serve.supervision import give_up, refuse, supervise
-from mtserve.serve.table import Root
+from mtserve.serve.table import Root, TaskTable
 from mtserve.settings import Settings, read_settings
 
 MARGIN_S = 30.0
@@ -36,6 +40,36 @@ def _timeout_s() -> float:
         return float(Settings.model_fields["timeout_s"].default) + MARGIN_S
 
 
+def _speak() -> None:
+    """Say what this package logs where BentoML says what it does."""
+    ours, theirs = logging.getLogger("mtserve"), logging.getLogger("bentoml")
+    if theirs.handlers and not ours.handlers:
+        ours.handlers = [*theirs.handlers]
+        ours.propagate = False
+        ours.setLevel(theirs.level)
+
+
+def _workers(service: str) -> int:
+    """How many workers of a service share this machine, whoever set their number."""
+    found = BentoMLContainer.config.services.get().get(service, {}).get("workers") or 1
+    return int(system_resources()["cpu"]) or 1 if found == "cpu_count" else int(found)
+
+
+@cache
+def _gauge() -> Any:
+    """Made when the first table is loaded: BentoML says where workers keep their metrics only after the import."""
+    from prometheus_client import Gauge
+
+    labels, said = ["trunk", "family", "profile"], "1 where a trunk's rows lie end to end, 0 where they are padded."
+    return Gauge("mtserve_trunk_padding_free", said, labels, multiprocess_mode="livemin")
+
+
+def _publish(table: TaskTable) -> None:
+    for trunk in table.trunks:
+        labels = trunk.entry.fingerprint[:12], trunk.entry.family, trunk.in_force.profile
+        _gauge().labels(*labels).set(trunk.in_force.padding_free)
+
+
 def make_service() -> Any:
     """A BentoML service with a root of its own; its weights are loaded when a worker makes the instance."""
     root = Root()
@@ -44,11 +78,14 @@ def make_service() -> Any:
         """One encoder, every task. Routes, schemas and examples are at /docs."""
 
         def __init__(self) -> None:
+            _speak()
             try:
-                root.swap(load_table(read_settings()))
+                table = load_table(read_settings(), workers=_workers(made.name))
             except SetupError as error:
                 give_up(error)
                 raise
+            root.swap(table)
+            _publish(table)
 
         @bentoml.on_deployment  # type: ignore[untyped-decorator]
         @staticmethod

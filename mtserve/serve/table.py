@@ -10,6 +10,7 @@ from typing import Any
 from mtserve.engine import Engine, Task
 from mtserve.errors import CapacityError, SetupError, UnknownTaskError
 from mtserve.golden import GoldenReport
+from mtserve.loading import InForce
 from mtserve.manifest import TaskEntry, TrunkEntry
 from mtserve.scheduler import Scheduler
 from mtserve.settings import Settings
@@ -17,11 +18,13 @@ from mtserve.settings import Settings
 
 @dataclass(frozen=True, eq=False)
 class ServedTrunk:
-    """A trunk with its engine and its queue."""
+    """A trunk with its engine and its queue, how it computes, and with how many threads."""
 
     entry: TrunkEntry
     engine: Engine
     scheduler: Scheduler
+    in_force: InForce
+    threads: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +65,10 @@ class ServedTask:
                 "source": trunk.source,
                 "parameters": trunk.parameters,
             },
-            "profile": self.trunk.engine.backend.profile,
+            "profile": self.trunk.in_force.profile,
+            "device": self.trunk.in_force.hardware.device,
+            "padding_free": self.trunk.in_force.padding_free,
+            "threads": self.trunk.threads,
             "metrics": dict(self.task.metrics),
             "golden": self._golden_facts(),
             "url": self.url,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -49,7 +50,9 @@ def server(checkpoints: tuple[str, str], tmp_path_factory: pytest.TempPathFactor
                 assert process.wait(60) == 0
             finally:
                 process.kill()
-    assert "Traceback" not in (home / "log").read_text()
+    said = (home / "log").read_text()
+    assert "Traceback" not in said
+    assert re.search(r"trunk [0-9a-f]{12} \(bert\): profile fp32 on cpu.*, no padding, \d+ threads", said), said
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -110,7 +113,10 @@ def test_the_server_has_our_pages_and_errors(server: str) -> None:
     assert len(httpx.get(server + "/docs/assets/swagger-ui-bundle.js").content) > 500_000
     assert "/tasks/topic" in httpx.get(server + "/openapi.json").json()["paths"]
     assert httpx.get(server + "/livez").status_code == 200
-    assert httpx.get(server + "/metrics").status_code == 200
+    metrics = httpx.get(server + "/metrics").text
+    for family in ("bert", "gpt2"):
+        pattern = rf'mtserve_trunk_padding_free{{family="{family}",profile="fp32",trunk="[0-9a-f]{{12}}"}} 1.0'
+        assert re.search(pattern, metrics), metrics
     assert httpx.get(server + "/nothing").json()["error"]["code"] == "not_found"
     assert httpx.get(server + "/static_content/index.css").status_code == 404
 

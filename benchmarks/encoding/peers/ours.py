@@ -27,7 +27,7 @@ def open_engine(folder: Path, profile: str) -> Engine:
 
     Raises CheckpointError or ConfigError for one that it cannot.
     """
-    return mtserve.load(folder, profile=profile, device="cpu", accepted_only=False)
+    return mtserve.load(folder, profile=profile, device="cpu", accepted_only=False, capture=True)
 
 
 def encode_rows(engine: Engine, rows: Sequence[Row], *, budget: int) -> batching.Floats:
@@ -56,12 +56,10 @@ class Ours(Peer):
         return inputs if isinstance(inputs[0], str) else [_row(*one) for one in inputs]
 
     def encode(self, inputs: Sequence[Row] | Sequence[str]) -> batching.Floats:
-        rows = [one if isinstance(one, Row) else self._tokenised(one) for one in inputs]
+        text = self._engine.text.ahead([one for one in inputs if isinstance(one, str)])
+        limits = Limits(max_length=256)
+        rows = [one if isinstance(one, Row) else text.rows(one, limits=limits)[0] for one in inputs]
         return encode_rows(self._engine, rows, budget=self._budget)
-
-    def _tokenised(self, text: str) -> Row:
-        (row,) = self._engine.text.rows(text, limits=Limits(max_length=256))
-        return row
 
 
 def _row(ids: batching.Ints, types: batching.Ints) -> Row:

@@ -1,0 +1,49 @@
+"""A worker's share of the machine: its cores and threads, and whether it keeps freed memory. Knows no models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mtserve.errors import MissingExtraError
+from mtserve.manifest import Speed
+from mtserve.settings import Settings
+
+
+@dataclass
+class Share:
+    """Processes that share the cores (workers of a server, and servers: MTSERVE_PROCESSES) have an equal part of them
+    each, so that together they never compute with more threads than there are cores. MTSERVE_THREADS overrides.
+
+    cores     usable ones of this process
+    threads   with which it computes
+    """
+
+    settings: Settings
+    cores: int
+    threads: int
+
+    @classmethod
+    def of(cls, settings: Settings, *, workers: int) -> Share:
+        """The share of one of so many workers; in force at once."""
+        try:
+            from mtserve.backends import hardware
+        except ImportError as error:
+            raise MissingExtraError("running a torch checkpoint", "torch") from error
+        cores, processes = hardware.usable_cores(), settings.processes * workers
+        threads = hardware.threads_for(cores, processes=processes, wanted=settings.threads)
+        hardware.use_threads(threads)
+        return cls(settings, hardware.threads_for(cores, processes=processes), threads)
+
+    def settle(self, tuned: Sequence[Speed]) -> None:
+        """Put in force what tuning found for the models of this process, but for what the settings say."""
+        from mtserve.backends import hardware
+
+        if self.settings.threads is None and (best := [speed.threads for speed in tuned if speed.threads]):
+            self.threads = min(self.threads, max(best))
+            hardware.use_threads(self.threads)
+        keep = self.settings.keep_memory
+        if keep is None:
+            keep = all(speed.keep_memory is not False for speed in tuned)
+        if keep:
+            hardware.keep_memory()

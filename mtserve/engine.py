@@ -26,8 +26,9 @@ from mtserve.backends.base import Backend, Pending
 from mtserve.batching import Batch, plan
 from mtserve.errors import ConfigError, InputError, Problem, UnknownTaskError
 from mtserve.rows import Row
-from mtserve.tasks.base import AnyKind, Example, Options, Work, fits, room
+from mtserve.tasks.base import AnyKind, Example, Options
 from mtserve.tasks.validation import validate
+from mtserve.tasks.work import Work, fits, room
 from mtserve.text import Text
 
 DEFAULT_BUDGET = 4096

@@ -92,7 +92,11 @@ class FlatStates:
         return states
 
     def _index(self, at: Ints) -> Tensor:
-        return torch.from_numpy(at.astype(np.int64)).to(self.hidden.device)
+        """On the states' device, which on a GPU nothing waits for."""
+        index = torch.from_numpy(at.astype(np.int64))
+        if self.hidden.is_cuda:
+            index = index.pin_memory()
+        return index.to(self.hidden.device, non_blocking=True)
 
     def _alone(self, at: Ints) -> TrunkStates:
         """Single tokens, each as a row of its own."""

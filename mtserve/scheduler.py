@@ -47,7 +47,7 @@ from itertools import count
 from typing import Any, Protocol
 
 from mtserve.errors import CapacityError, MtserveError, OverloadedError, TooLargeError
-from mtserve.tasks.base import Work, fits
+from mtserve.tasks.work import Work, fits
 from mtserve.ticket import Ticket, late
 
 DEFAULT_QUEUE_TOKENS = 262_144

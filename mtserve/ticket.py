@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from mtserve.errors import DeadlineError
-from mtserve.tasks.base import Work
+from mtserve.tasks.work import Work
 
 
 class Ticket:

@@ -76,7 +76,7 @@ def is_causal(trunk: PreTrainedModel) -> bool:
     """Whether no position sees a later one, found by changing the last of some tokens."""
     was_training = trunk.training
     trunk.eval()
-    ids = torch.arange(4, 10)[None] % trunk.config.vocab_size
+    ids = torch.arange(4, 10, device=trunk.device)[None] % trunk.config.vocab_size
     other = ids.clone()
     other[0, -1] = (other[0, -1] + 1) % trunk.config.vocab_size
     with torch.no_grad():

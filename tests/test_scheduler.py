@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from mtserve.errors import CapacityError, DeadlineError, InputError, MtserveError, OverloadedError, TooLargeError
 from mtserve.rows import Past, make_row
 from mtserve.scheduler import Scheduler
-from mtserve.tasks.base import Example, Parameters, Work
+from mtserve.tasks.base import Example, Parameters
+from mtserve.tasks.work import Work
 from mtserve.ticket import Ticket
 
 

@@ -16,6 +16,8 @@ import pytest
 
 from mtserve import comparison, loading, speeds, tuning
 from mtserve.backends import hardware as machine
+from mtserve.backends.base import Done
+from mtserve.batching import Batch
 from mtserve.checkpoint import Checkpoint
 from mtserve.comparison import Answered, Cases, changed, difference
 from mtserve.decisions import flipped
@@ -311,10 +313,12 @@ def test_a_profile_that_answers_otherwise_is_refused(folder: Path, quick: Any, m
     def worse(engine: Engine, profile: str) -> Engine:
         made = real(engine, profile)
         if profile == "bf16":
-            run = made.backend.run
-            monkeypatch.setattr(
-                made.backend, "run", lambda batch: {t: [-3 * a for a in of] for t, of in run(batch).items()}
-            )
+            launch = made.backend.launch
+
+            def turned(batch: Batch) -> Done:
+                return Done({task: [-3 * a for a in of] for task, of in launch(batch).result().items()})
+
+            monkeypatch.setattr(made.backend, "launch", turned)
         return made
 
     accepted = {"fp32": FP32, "bf16": Profile(tolerance=0.1)}

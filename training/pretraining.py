@@ -29,10 +29,10 @@ from mtserve.tasks.base import (
     LossTerms,
     Options,
     Parameters,
-    Work,
 )
 from mtserve.tasks.measures import Metrics, Outcomes
 from mtserve.tasks.token_loss import token_loss
+from mtserve.tasks.work import Work
 from mtserve.text import Text
 
 if TYPE_CHECKING:

@@ -165,7 +165,7 @@ class Clock:
 
 @contextmanager
 def _inside(engine: Engine) -> Iterator[Clock]:
-    """A clock of the trunk's and the heads' modules where the backend calls them, of its `run` where it does not."""
+    """A clock of the trunk's and the heads' modules where the backend calls them, of its `launch` where it does not."""
     backend: Any = engine.backend
     clock, whole, starts = Clock(), Clock(), list[float]()
 
@@ -180,18 +180,18 @@ def _inside(engine: Engine) -> Iterator[Clock]:
     ran: list[None] = []
     hooks = [served.trunk.register_forward_hook(lambda *_: ran.append(None))]
     hooks += [one for m in modules for one in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
-    run = backend.run
+    launch = backend.launch
 
-    def timed_run(batch: Batch) -> Any:
-        taken, answer = timed(lambda: run(batch))
+    def timed_launch(batch: Batch) -> Any:
+        taken, pending = timed(lambda: launch(batch))  # on a CPU it is computed then
         whole.seconds += taken
-        return answer
+        return pending
 
-    backend.run = timed_run
+    backend.launch = timed_launch
     try:
         yield clock
     finally:
-        del backend.run
+        del backend.launch
         for hook in hooks:
             hook.remove()
         clock.of = "their modules"

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+
+from mtserve.backends.staging import sent
 
 NAME = "mtserve_flat"
 HALVES = (torch.float16, torch.bfloat16)
@@ -134,10 +135,11 @@ class Varlen:
         from torch.nn.attention.varlen import varlen_attn
 
         side = -1 if window is None else window - 1
+        grouped: dict[str, Any] = {"enable_gqa": True} if len(query) != len(key) else {}  # not every PyTorch knows it
         q, k, v = (of.transpose(0, 1).contiguous() for of in (query, key, value))
         out = varlen_attn(
             q, k, v, self.limits, self.limits, self.longest, self.longest,
-            scale=scale, window_size=(side, 0 if causal else side), enable_gqa=len(query) != len(key),
+            scale=scale, window_size=(side, 0 if causal else side), **grouped,
         )  # fmt: skip
         assert isinstance(out, Tensor)
         return out
@@ -179,7 +181,7 @@ def _seen(size: int, window: int | None, *, causal: bool) -> Tensor:
 
 def _added(seen: Tensor, like: Tensor) -> Tensor:
     """A mask of what is seen as what is added to scores, in the precision and on the device of `like`."""
-    return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf).to(like)
+    return sent(torch.zeros(seen.shape, dtype=like.dtype).masked_fill_(~seen, -torch.inf), like.device)
 
 
 def _band(length: int, window: int | None, *, causal: bool, like: Tensor) -> Tensor:
@@ -196,7 +198,7 @@ def fresh(lengths: Sequence[int], varlen: torch.device | None = None) -> Layout:
     """The layout of fresh rows that lie in this order, longest first; with `varlen` for that kernel on a device."""
     if varlen is not None:
         limits = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-        return Varlen(limits.to(varlen, non_blocking=True), max(lengths))
+        return Varlen(sent(limits, varlen), max(lengths))
     if lengths[0] != lengths[-1] and sum(lengths) <= MOST_BLOCKED:
         return Block(tuple(lengths))
     parts, first = [], 0
@@ -241,11 +243,7 @@ def attend(
     return layout.attend(query[0], keys, values, scale=scaling, causal=causal, window=sliding_window)[None], None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """What tokens see is in the layout."""
-
-
 def register() -> None:
-    """Make the attention known to Transformers under NAME; doing it again changes nothing."""
+    """Make the attention known to Transformers under NAME; doing it again changes nothing. No masks are made for one
+    that has no function for them: what tokens see is in the layout."""
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, _no_mask)

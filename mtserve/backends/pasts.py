@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from mtserve.backends.staging import moved, sent
 from mtserve.rows import Ints, Past, Row
 
 _NOTHING: Ints = np.empty((2, 0), np.int32)
@@ -183,7 +184,7 @@ class Pasts(Cache):  # type: ignore[misc]  # transformers is not followed
     def _move(self, moves: Sequence[tuple[int, int, int]]) -> None:
         if moves and self.layers:
             sides = zip(*((_span(a, n, self.shape[1]), _span(b, n, self.shape[1])) for a, b, n in moves), strict=True)
-            source, into = (torch.from_numpy(np.concatenate(side)).to(self.layers[0].keys.device) for side in sides)
+            source, into = (moved(np.concatenate(side), self.layers[0].keys.device) for side in sides)
             for layer in self.layers:
                 layer.copy(source, into)
 
@@ -204,9 +205,9 @@ class Pasts(Cache):  # type: ignore[misc]  # transformers is not followed
         steps = first[:, None] + np.arange((lengths - first).max())  # (rows, seq)
         real = steps < lengths[:, None]
         new = real & np.array([row.past is not None for row in rows])[:, None]
-        into = torch.from_numpy((slots[:, None] * self.shape[1] + steps)[new]).to(like.device)
+        into = moved((slots[:, None] * self.shape[1] + steps)[new], like.device)
         kept = new[real] if flat else new.ravel()
-        which = None if kept.all() else torch.from_numpy(np.flatnonzero(kept)).to(like.device)
+        which = None if kept.all() else moved(np.flatnonzero(kept), like.device)
         for row, count in zip(rows, known, strict=True):
             if row.past is not None:
                 slot = self._slots[self.slot(row)]
@@ -215,13 +216,13 @@ class Pasts(Cache):  # type: ignore[misc]  # transformers is not followed
             self.plan = _Plan(which, into, None, 0)
             return None
         in_order = np.array_equal(slots, np.arange(slots[0], slots[0] + len(slots)))
-        read = slice(slots[0], slots[-1] + 1) if in_order else torch.from_numpy(slots).to(like.device)
+        read = slice(slots[0], slots[-1] + 1) if in_order else moved(slots, like.device)
         self.plan = _Plan(which, into, read, int(lengths.max()))
         positions = np.minimum(steps, lengths[:, None] - 1)
         seen = np.arange(lengths.max()) <= positions[:, :, None]  # (rows, seq, kv)
         added = torch.from_numpy(np.where(seen, np.float32(0), np.float32(-math.inf))[:, None])
-        place = None if real.all() else torch.from_numpy(np.flatnonzero(real)).to(like.device)
-        return Seen(torch.from_numpy(positions).to(like.device), added.to(like), place)
+        place = None if real.all() else moved(np.flatnonzero(real), like.device)
+        return Seen(moved(positions, like.device), sent(added.to(like.dtype), like.device), place)
 
     def done(self, rows: Sequence[Row]) -> None:
         """Record what stands in the slots of rows that were computed."""

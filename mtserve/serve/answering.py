@@ -10,7 +10,7 @@ from typing import Any
 
 from mtserve.errors import InputError, Problem, TooLargeError
 from mtserve.serve.table import ServedTask, ServedTrunk, TaskTable
-from mtserve.tasks.base import Work
+from mtserve.tasks.work import Work
 from mtserve.ticket import Ticket
 
 

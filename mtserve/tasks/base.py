@@ -1,4 +1,4 @@
-"""The contract of a kind of task, and the work that carries one example through the engine. No torch at import time.
+"""The contract of a kind of task. No torch at import time.
 
     example --rows--> rows --trunk, head--> logits --advance, decode--> prediction
 
@@ -9,22 +9,24 @@ the manifest), all that a request may change is in its `Parameters`. Kinds know 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
 from mtserve.errors import CheckpointError, InputError, Problem
 from mtserve.preparation import expand
-from mtserve.rows import Floats, Row
+from mtserve.rows import Row
 from mtserve.tasks.measures import Evaluation
-from mtserve.tasks.validation import json_type, validate
+from mtserve.tasks.validation import json_type, strings, validate
 from mtserve.text import Limits, OnLong, Text
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+    from mtserve.tasks.work import Work
 
 Reads = Literal["first", "last", "pooled", "all"]
 Pooling = Literal["first", "last", "pooled"]
@@ -127,68 +129,6 @@ E_ = TypeVar("E_", bound=Example)
 L_ = TypeVar("L_", bound=Example)
 
 
-@dataclass(eq=False)
-class Work:
-    """One example on its way through the engine; only the engine's thread changes it after `prepare`.
-
-    rows        what the trunk has to encode in the next step
-    logits      one array for each of `rows` from the last step, (n_out,), or (len, n_out) for token outputs
-    streamed    a client reads the answer along
-    reserved    tokens that a backend may have to keep of each of its `sequences`; 0 for kinds of one pass
-    state       what a kind of many steps knows between them
-    error       what went wrong with this work alone; `engine.finish` raises it
-    passes      numbers of the engine's trunk passes that it took part in
-    """
-
-    task: str
-    example: Example
-    parameters: Parameters
-    rows: list[Row]
-    logits: list[Floats] = field(default_factory=list)
-    streamed: bool = False
-    reserved: int = 0
-    sequences: int = 1
-    state: Any = None
-    error: Exception | None = None
-    passes: set[int] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.prompt = self.rows
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the input, over all its rows."""
-        return sum(map(len, self.prompt))
-
-    @property
-    def cut(self) -> int:
-        """Tokens of the caller's text that no row holds."""
-        return sum(row.cut for row in self.prompt)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """All strings in a JSON-like value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _strings(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _strings(inner)
-
-
-def room(works: Iterable[Work]) -> int:
-    """Tokens that a backend may have to keep for these works at once: each sequence has the room of the longest."""
-    kept = [work for work in works if work.reserved]
-    return sum(work.sequences for work in kept) * max((work.reserved for work in kept), default=0)
-
-
-def fits(work: Work, beside: Iterable[Work], *, most: int) -> bool:
-    """Whether there is room for a work beside others."""
-    return not work.reserved or room([work, *beside]) <= most
-
-
 class Kind(Evaluation[O_, L_], Generic[O_, P_, E_, L_]):
     """One sort of task. A subclass and a line in `KINDS` add one.
 
@@ -223,9 +163,8 @@ class Kind(Evaluation[O_, L_], Generic[O_, P_, E_, L_]):
         """The rows of an example, ordered by part, then window. Raises InputError."""
 
     def texts(self, example: E_) -> Iterable[str]:
-        """The texts of an example that `rows` will ask the tokenizer for, so that many can be encoded at once. One
-        that is left out costs time and nothing else."""
-        return _strings(example.model_dump())
+        """Texts that `rows` will ask the tokenizer for, to encode many at once; one left out costs but time."""
+        return strings(example.model_dump())
 
     def features(self, example: L_, options: O_, text: Text) -> tuple[list[Row], Any]:
         """Rows and target of a training example; the rows are those of `rows` unless the truth is part of them."""

@@ -22,11 +22,11 @@ from mtserve.tasks.base import (
     Options,
     Parameters,
     Pooling,
-    Work,
 )
 from mtserve.tasks.measures import LabelScores, Metrics, Outcomes, label_report
 from mtserve.tasks.scores import sigmoid, softmax
 from mtserve.tasks.windows import merge, merge_tensor
+from mtserve.tasks.work import Work
 from mtserve.text import Text
 
 if TYPE_CHECKING:

@@ -18,11 +18,12 @@ from typing_extensions import TypedDict
 
 from mtserve.errors import ConfigError, InputError, Problem
 from mtserve.rows import Past, Row
-from mtserve.tasks.base import IGNORED, PLAIN, Example, HeadSpec, Kind, LossTerms, Options, Work
+from mtserve.tasks.base import IGNORED, PLAIN, Example, HeadSpec, Kind, LossTerms, Options
 from mtserve.tasks.decoding import Decoding, GenerationParameters, Reader, Search, make_search
 from mtserve.tasks.measures import Metrics, Outcomes
 from mtserve.tasks.overlap import overlap_outcomes, overlap_score
 from mtserve.tasks.token_loss import token_loss
+from mtserve.tasks.work import Work
 from mtserve.text import Text
 
 if TYPE_CHECKING:

@@ -23,11 +23,11 @@ from mtserve.tasks.base import (
     Options,
     Parameters,
     Pooling,
-    Work,
 )
 from mtserve.tasks.measures import Metrics, Outcomes
 from mtserve.tasks.scores import softmax
 from mtserve.tasks.windows import merge, merge_tensor
+from mtserve.tasks.work import Work
 from mtserve.text import Text
 
 if TYPE_CHECKING:

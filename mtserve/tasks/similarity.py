@@ -12,21 +12,11 @@ from typing_extensions import TypedDict
 
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Floats, Row
-from mtserve.tasks.base import (
-    PLAIN,
-    Example,
-    HeadSpec,
-    Item,
-    Kind,
-    LossTerms,
-    Options,
-    Parameters,
-    Pooling,
-    Work,
-)
+from mtserve.tasks.base import PLAIN, Example, HeadSpec, Item, Kind, LossTerms, Options, Parameters, Pooling
 from mtserve.tasks.measures import Metrics, Outcomes
 from mtserve.tasks.validation import validate
 from mtserve.tasks.windows import merge, merge_tensor
+from mtserve.tasks.work import Work
 from mtserve.text import Text
 
 if TYPE_CHECKING:

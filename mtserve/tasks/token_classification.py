@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Row
 from mtserve.tasks.aggregation import SpanScore, by_word, in_words, span_scores, token_scores, trimmed
-from mtserve.tasks.base import IGNORED, PLAIN, Example, HeadSpec, Kind, LossTerms, Options, Parameters, Work
+from mtserve.tasks.base import IGNORED, PLAIN, Example, HeadSpec, Kind, LossTerms, Options, Parameters
 from mtserve.tasks.measures import LabelScores, Metrics, Outcomes, f_scores, label_report
 from mtserve.tasks.scores import softmax
 from mtserve.tasks.spans import (
@@ -26,6 +26,7 @@ from mtserve.tasks.spans import (
     word_spans,
 )
 from mtserve.tasks.token_loss import token_loss
+from mtserve.tasks.work import Work
 from mtserve.text import Text
 
 if TYPE_CHECKING:

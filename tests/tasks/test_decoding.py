@@ -10,9 +10,9 @@ import pytest
 
 from mtserve.errors import InputError
 from mtserve.tasks import KINDS
-from mtserve.tasks.base import Work
 from mtserve.tasks.scores import sigmoid, softmax
 from mtserve.tasks.windows import merge, merge_tensor
+from mtserve.tasks.work import Work
 from mtserve.text import Text, text_spec
 from tests.tiny import EOS, PAD, TOKENIZER_JSON
 

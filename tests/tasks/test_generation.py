@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mtserve.backends.base import Done
 from mtserve.engine import Engine
 from mtserve.errors import ConfigError, InputError
 from mtserve.tasks import KINDS
@@ -148,9 +149,9 @@ def test_as_many_run_at_once_as_there_is_room_for() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(backend, name)
 
-        def run(self, batch: Any) -> Any:
+        def launch(self, batch: Any) -> Any:
             most.append(len(batch.rows))
-            return backend.run(batch)
+            return backend.launch(batch)
 
     tight = Engine(small.tasks, Watched(), small.text, max_past_tokens=150)
     assert tight.predict("long", LENGTHS) == wanted
@@ -169,15 +170,15 @@ def test_a_work_whose_logits_are_no_numbers_fails_alone() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(backend, name)
 
-        def run(self, batch: Any) -> Any:
-            made = backend.run(batch)
-            return {
+        def launch(self, batch: Any) -> Done:
+            answers = {
                 task: [
                     np.full_like(logits, np.nan) if batch.rows[row].key == spoilt else logits
                     for row, logits in zip(batch.wanted[task], arrays, strict=True)
                 ]
-                for task, arrays in made.items()
+                for task, arrays in backend.run(batch).items()
             }
+            return Done(answers)
 
     engine = Engine(small.tasks, Broken(), small.text)
     finished, unfinished = engine.step([good, bad])

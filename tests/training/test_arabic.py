@@ -18,8 +18,9 @@ from mtserve.backends.eager import padded
 from mtserve.preparation import expand
 from mtserve.rows import Row
 from mtserve.tasks import KINDS
-from mtserve.tasks.base import IGNORED, Work
+from mtserve.tasks.base import IGNORED
 from mtserve.tasks.spans import word_spans
+from mtserve.tasks.work import Work
 from mtserve.text import Text
 from tests.shared_data import DATA, needs_data
 from training.readers import FORMATS, Files, Record

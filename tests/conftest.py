@@ -26,8 +26,15 @@ settings.load_profile("mtserve")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
+def _one_thread_for_fixtures() -> None:
     torch.set_num_threads(1)  # tiny matrices are slower on several
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Also where a server that an earlier test started in this process has set its own number: sums depend on it."""
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(params=sorted(FAMILIES))

@@ -126,7 +126,7 @@ def test_a_graph_is_repeated_with_other_rows(family: str, varlen: bool) -> None:
             found = made(*lines_of(backend, rows))
             assert found is not None
             wanted = torch.cat(alone(model, rows)[: len(rows)])
-            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found, wanted, atol=1e-5 * max(1, float(wanted.abs().max())), rtol=2e-5)
     assert {size.tokens for size in made.recorded} == {16, 32}
 
 

@@ -212,7 +212,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             warnings.simplefilter("ignore")  # of BentoML's imports
             from mtserve.serve import service
 
-            patched.setattr(service, "load_table", lambda settings: table)
+            patched.setattr(service, "load_table", lambda settings, workers: table)
             app = service.make_service().to_asgi()
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))

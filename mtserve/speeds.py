@@ -21,6 +21,7 @@ ROUNDS = 5
 SECONDS = 2.0
 """A round's work in one way is what fp32 does in about this time."""
 _SAME = 1.05  # ways within 5 % are equally fast
+_UNSTEADY = 1.5
 Way = TypeVar("Way", bound=Hashable)
 
 
@@ -68,18 +69,29 @@ class Workload:
         return (engine.backend.tokens - before) / seconds
 
 
-def interleaved(ways: Sequence[Way], rate: Callable[[Way], float], *, rounds: int | None = None) -> dict[Way, float]:
-    """The median of each way's rates over rounds in turn; `ROUNDS` of them by default."""
+def interleaved(
+    ways: Sequence[Way], rate: Callable[[Way], float], *, rounds: int | None = None
+) -> dict[Way, list[float]]:
+    """Each way's rates in rounds in turn; `ROUNDS` of them by default."""
     found: dict[Way, list[float]] = {way: [] for way in ways}
     for number in range(rounds or ROUNDS):
         first = number % len(ways)
         for way in (*ways[first:], *ways[:first]):
             found[way].append(rate(way))
-    return {way: median(rates) for way, rates in found.items()}
+    return found
 
 
-def of_profiles(engine: Engine, profiles: Sequence[str], work: Workload) -> dict[str, float]:
-    """Tokens a second in each profile; each time anew, so that one of them at a time is in memory."""
+def medians(rates: Mapping[Way, Sequence[float]]) -> dict[Way, float]:
+    return {way: median(each) for way, each in rates.items()}
+
+
+def unsteady(rates: Mapping[Way, Sequence[float]]) -> list[Way]:
+    """Ways of which the fastest round was more than half faster than the median: something else ran beside them."""
+    return [way for way, each in rates.items() if max(each) > _UNSTEADY * median(each)]
+
+
+def of_profiles(engine: Engine, profiles: Sequence[str], work: Workload) -> dict[str, list[float]]:
+    """Tokens a second in each profile, in rounds; each time anew, so that one of them at a time is in memory."""
 
     def rate(profile: str) -> float:
         made = in_profile(engine, profile)
@@ -98,7 +110,7 @@ def of_threads(engine: Engine, counts: Sequence[int], work: Workload) -> dict[in
         work.warm(engine)
         return work.rate(engine)
 
-    found = interleaved(counts, rate)
+    found = medians(interleaved(counts, rate))
     use_threads(counts[-1])
     return found
 

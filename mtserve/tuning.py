@@ -31,6 +31,7 @@ from mtserve.loading import in_profile, load_checkpoint
 from mtserve.manifest import FP32, Change, Profile, Speed
 from mtserve.profiles import PRECISIONS, Hardware, choose
 from mtserve.sealing import accept_profiles
+from mtserve.settings import read_settings
 
 MAX_FLIPS = 0.005
 HOW_TO = (
@@ -153,12 +154,14 @@ def tune(
     there, cores = machine.hardware(machine.device(device)), machine.usable_cores()
     names = measurable(profiles, there)
     machine.use_threads(threads or cores)
-    base = load_checkpoint(checkpoint, profile="fp32", device=device, accepted_only=False, capture=True)
+    capture = read_settings().capture
+    base = load_checkpoint(checkpoint, profile="fp32", device=device, accepted_only=False, capture=capture)
     cases = [Cases.of(checkpoint, task) for task in base.tasks.values()]
     work = _work(base, cases)
     say(f"{there.key}: {len(names)} profiles, {speeds.ROUNDS} rounds of {work.tokens} tokens each")
     failed = _failures(base, names, work)
-    rates = speeds.of_profiles(base, [name for name in names if name not in failed], work)
+    rounds = speeds.of_profiles(base, [name for name in names if name not in failed], work)
+    rates = speeds.medians(rounds)
     verdicts = _verdicts(checkpoint, base, cases, rates, max_flips=max_flips, say=say)
     verdicts += [Verdict.failed(name, reason) for name, reason in failed.items()]
     stamp = Stamp(there.key, cores)
@@ -179,7 +182,7 @@ def tune(
     total = sum(rows.values())
     return Report(
         *(there.key, cores, rows, 1 / total if total else None, max_flips, work.tokens, speeds.ROUNDS, verdicts),
-        *(chosen, by_threads, by_memory, best, keep, notes(rows), not dry_run),
+        *(chosen, by_threads, by_memory, best, keep, [*notes(rows), *_disturbed(speeds.unsteady(rounds))], not dry_run),
     )
 
 
@@ -204,6 +207,11 @@ def notes(rows: Mapping[str, int]) -> list[str]:
             f"flipped still leaves up to {3 / total:.2%} possible (95 %)"
         )
     return said
+
+
+def _disturbed(profiles: Sequence[str]) -> list[str]:
+    found = f"the rounds of {', '.join(profiles)} differ by more than half, so something else ran on these cores"
+    return [f"{found}: tune again where nothing else does"] if profiles else []
 
 
 def _work(engine: Engine, cases: Sequence[Cases]) -> speeds.Workload:

@@ -230,7 +230,9 @@ def test_rounds_begin_with_another_way_each_time_and_give_medians() -> None:
         asked.append(way)
         return next(rates[way])
 
-    assert speeds.interleaved(["a", "b"], rate, rounds=3) == {"a": 2.0, "b": 5.0}
+    found = speeds.interleaved(["a", "b"], rate, rounds=3)
+    assert speeds.medians(found) == {"a": 2.0, "b": 5.0}
+    assert speeds.unsteady({**found, "c": [10.0, 10.0, 14.0]}) == ["a", "b"]
     assert "".join(asked) == "abbaab"
 
 
@@ -285,7 +287,7 @@ def test_tuning_records_what_serving_then_takes(folder: Path, quick: Any, monkey
     assert not dry.recorded
     assert list(Checkpoint.open(folder).manifest.profiles) == ["fp32"]
     monkeypatch.setattr(
-        speeds, "of_profiles", lambda engine, names, work: dict(zip(names, (100.0, 250.0), strict=True))
+        speeds, "of_profiles", lambda engine, names, work: dict(zip(names, ([100.0], [250.0]), strict=True))
     )
     said: list[str] = []
     report = tuning.tune(Checkpoint.open(folder), max_flips=1.0, say=said.append)

@@ -38,7 +38,7 @@ DOES = {
     "OpenVINO": "a graph without Python between the layers, bias and GELU inside a product's kernel, and attention "
     "as one generated kernel a layer (as its compiled graph shows)",
     "OpenVINO int8": "that, and ranges of activations that were calibrated beforehand, so that none is looked up",
-    "CTranslate2": "no Python between the layers; it leaves padding out of its products",
+    "CTranslate2": "no Python between the layers",
 }
 """What a peer does that may explain its speed."""
 

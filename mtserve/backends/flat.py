@@ -71,8 +71,8 @@ class Groups:
 
 
 def _short(query: Tensor) -> bool:
-    """Whether whole matrix products are faster than the flash kernel on a CPU, whose tiles are larger than short rows
-    (docs/benchmarks.md): (rows, heads, length, dim)."""
+    """Whether whole matrix products are faster than the flash kernel on a CPU, whose tiles are larger than short rows:
+    (rows, heads, length, dim)."""
     rows, _, length, _ = query.shape
     return query.device.type == "cpu" and length <= MOST_MULTIPLIED and (rows > 1 or query.dtype == torch.float32)
 
@@ -191,7 +191,7 @@ def _band(length: int, window: int | None, *, causal: bool, like: Tensor) -> Ten
 MOST_MULTIPLIED = 96
 """Longest rows whose scores are computed as one product, several rows and heads at once."""
 MOST_BLOCKED = 128
-"""Tokens up to which rows of different lengths share one masked kernel call (docs/benchmarks.md)."""
+"""Tokens up to which rows of different lengths share one masked kernel call."""
 
 
 def fresh(lengths: Sequence[int], varlen: torch.device | None = None) -> Layout:

@@ -44,7 +44,7 @@ def rows_of(lengths: tuple[int, ...], *, types: bool = False) -> list[Row]:
 def states(backend: EagerBackend, rows: list[Row]) -> list[Any]:
     """Hidden states of each row, and pooler outputs where there are some."""
     with backend._evaluating():
-        found = backend._computed(rows, [0] * len(rows))
+        found = backend._computed(rows, [0] * len(rows), pooled=True)
     each = [found.hidden[s : s + n].float() for s, n in zip(found.starts, found.counts, strict=True)]
     return each if found.pooled is None else [*each, found.pooled.float()]
 

@@ -155,7 +155,9 @@ class EagerBackend:
     def _launch(self, batch: Batch) -> Launched:
         rows = [self._kept(row) for row in batch.rows]
         kept = [row for row in rows if row.past is not None]
-        entire = {at for task, some in batch.wanted.items() if self.served.head(task).reads != "last" for at in some}
+        reads = {task: self.served.head(task).reads for task in batch.wanted}
+        entire = {at for task, some in batch.wanted.items() if reads[task] != "last" for at in some}
+        pooled = "pooled" in reads.values()
         groups = self._groups({at: row for at, row in enumerate(rows) if at not in entire})
         beginnings = [_beginning(rows[group[0]], rows[group[0]].shared, Past()) for group in groups]
         self.pasts.admit([row for row in (*rows, *beginnings) if row.past is not None])
@@ -170,7 +172,7 @@ class EagerBackend:
         fresh = [at for at in range(len(rows)) if not known.get(at)]
         if fresh or beginnings:
             some = {at: rows[at] for at in fresh}
-            states = self._computed([*some.values(), *beginnings], [0] * (len(some) + len(beginnings)))
+            states = self._computed([*some.values(), *beginnings], [0] * (len(some) + len(beginnings)), pooled=pooled)
             logits += self._answers(batch, some, states)
         if going_on := [at for at in known if known[at]]:
             if groups:
@@ -215,21 +217,22 @@ class EagerBackend:
         fits = (self.pasts.shape[0] + len(groups) + len(forked)) * longest <= _MOST_SHARED
         return groups if fits else []
 
-    def _computed(self, rows: Sequence[Row], known: Sequence[int]) -> FlatStates:
-        """One trunk pass over admitted rows, but for their first `known` tokens."""
-        compute = self._computed_flat if self.served.flat else self._computed_padded
-        states = compute(rows, known)
+    def _computed(self, rows: Sequence[Row], known: Sequence[int], *, pooled: bool = False) -> FlatStates:
+        """One trunk pass over admitted rows, but for their first `known` tokens; `pooled` if a head reads that."""
+        states = (
+            self._computed_flat(rows, known, pooled=pooled) if self.served.flat else self._computed_padded(rows, known)
+        )
         if any(row.past is not None for row in rows):
             self.pasts.done(rows)
         return states
 
-    def _computed_flat(self, rows: Sequence[Row], known: Sequence[int]) -> FlatStates:
+    def _computed_flat(self, rows: Sequence[Row], known: Sequence[int], *, pooled: bool) -> FlatStates:
         counts = np.array([len(row) - start for row, start in zip(rows, known, strict=True)], np.int32)
         going_on = any(known)
         order = range(len(rows)) if going_on else np.argsort(-counts, kind="stable").tolist()
         placed = [rows[at] for at in order]
-        first = [known[at] for at in order]
-        each, begins = list(zip(placed, first, strict=True)), self.served.first_position
+        begun = [known[at] for at in order]
+        each, begins = list(zip(placed, begun, strict=True)), self.served.first_position
         lines = staged(
             (
                 [row.ids[start:] for row, start in each],
@@ -240,7 +243,7 @@ class EagerBackend:
         )
         pasts, seen, lengths = None, None, counts[order].tolist()
         if any(row.past is not None for row in rows):
-            pasts, seen = self.pasts, self.pasts.begin(placed, first, self.served.like, flat=True)
+            pasts, seen = self.pasts, self.pasts.begin(placed, begun, self.served.like, flat=True)
         hidden = None if pasts is not None or self.graphs is None else self.graphs(lines, lengths)
         if hidden is None:
             layout = (
@@ -252,8 +255,8 @@ class EagerBackend:
             hidden = self.served.encode(ids, type_ids, positions, layout, pasts)
         starts = np.empty(len(rows), np.int32)
         starts[order] = np.cumsum([0, *lengths[:-1]])
-        pooled = None if going_on else self.served.pooled(hidden.index_select(0, self._moved(starts)))
-        return FlatStates(hidden, starts, counts, pooled)
+        first = self.served.pooled(hidden.index_select(0, self._moved(starts))) if pooled else None
+        return FlatStates(hidden, starts, counts, first)
 
     def _computed_padded(self, rows: Sequence[Row], known: Sequence[int]) -> FlatStates:
         trunk, seq = self.served.trunk, max(len(row) - start for row, start in zip(rows, known, strict=True))

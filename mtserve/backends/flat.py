@@ -53,10 +53,13 @@ class Groups:
     ) -> Tensor:
         found = []
         for first, rows, length in self.parts:
-            q, k, v = (
-                of[:, first : first + rows * length].view(len(of), rows, length, -1).transpose(0, 1)
-                for of in (query, key, value)
-            )  # (rows, heads, length, dim)
+            if len(self.parts) == rows == 1:  # nothing to cut, which a short request notices
+                q, k, v = query[None], key[None], value[None]
+            else:
+                q, k, v = (
+                    of[:, first : first + rows * length].view(len(of), rows, length, -1).transpose(0, 1)
+                    for of in (query, key, value)
+                )  # (rows, heads, length, dim)
             banded = window is not None and window < length
             if _short(q):
                 mask = _band(length, window, causal=causal, like=q) if banded or causal else None
@@ -199,7 +202,9 @@ def fresh(lengths: Sequence[int], varlen: torch.device | None = None) -> Layout:
     if varlen is not None:
         limits = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
         return Varlen(sent(limits, varlen), max(lengths))
-    if lengths[0] != lengths[-1] and sum(lengths) <= MOST_BLOCKED:
+    if lengths[0] == lengths[-1]:
+        return Groups(((0, len(lengths), lengths[0]),))
+    if sum(lengths) <= MOST_BLOCKED:
         return Block(tuple(lengths))
     parts, first = [], 0
     for length, rows in zip(*_runs(lengths), strict=True):

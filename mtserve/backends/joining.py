@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
+from types import BuiltinFunctionType
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, fx, nn
 
 from mtserve.backends.int8 import Int8Linear
 from mtserve.backends.linears import PackedLinear, together
+
+_METHODS = frozenset({"view", "expand", "contiguous"})  # that tensors have and `torch` has not
 
 
 class Joining:
@@ -37,6 +40,7 @@ class Joining:
         used = sorted({cast("int", node.args[1]) for node in self._linears()})
         self._layers()
         self._attention()
+        self._bind()
         self.graph.eliminate_dead_code()
         self.graph.set_codegen(fx.graph.CodeGen())
         self._output()
@@ -67,6 +71,17 @@ class Joining:
 
     def _linears(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.target is torch.ops.mtserve.linear.default]
+
+    def _bind(self) -> None:
+        """Operators as PyTorch's own functions and methods call them, at a third of the cost of a call by name."""
+        for node in list(self.graph.nodes):
+            if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
+                continue
+            name = node.target._schema.name.removeprefix("aten::")
+            if isinstance(bound := getattr(torch, name, None), BuiltinFunctionType):
+                node.target = bound
+            elif name in _METHODS:
+                node.op, node.target = "call_method", name
 
     def _clean(self) -> None:
         """Take out what does nothing in evaluation: dropout, assertions about sizes."""

@@ -55,7 +55,8 @@ class Served:
 
     def __init__(self, model: Model, profile: str, *, follow: bool = False, capture: bool = False) -> None:
         self.model, self.device = model, model.trunk.device
-        self.dtype = model.trunk.dtype if follow else DTYPES[profile]
+        self._of_model = model.trunk.dtype  # asking a model for it looks through its parameters
+        self.dtype = self._of_model if follow else DTYPES[profile]
         self.first_position = first_position(model.trunk.config)
         self.captured: Captured | None = None
         self._follow = follow
@@ -119,13 +120,13 @@ class Served:
 
     def head_dtype(self, task: str) -> torch.dtype:
         """Precision of the states that a head takes."""
-        return self.dtype if task in self._heads else self.model.trunk.dtype
+        return self.dtype if task in self._heads else self._of_model
 
     def _change(self, module: nn.Module, packed: dict[int, PackedLinear]) -> None:
         """Put layers as the profile has them in the place of the model's; `packed` are those made before."""
         if can_pack(self.dtype, self.device):
             pack_(module, self.dtype, packed)
-        if self.dtype != self.model.trunk.dtype:
+        if self.dtype != self._of_model:
             if self.device.type == "cpu" and self.flat:
                 look_up_(module, self.dtype)
             _cast_(module, self.dtype, self._casts)

@@ -82,7 +82,8 @@ class Contestants:
     def by_scheduler(self, texts: Sequence[str]) -> list[Any]:
         async def one(text: str) -> Any:
             deadline = time.monotonic() + self.scheduler.timeout_s
-            works = await self.scheduler.prepare(self.subject.task, [text], self.asked, deadline=deadline)
+            task = self.subject.task
+            works = (await self.scheduler.prepare({task: self.asked}, [text], deadline=deadline))[task]
             await self.scheduler.submit(works, deadline=deadline)
             return works[0].state.search.tokens
 
@@ -214,7 +215,8 @@ def first_token_calls(subject: Subject, scheduler: Scheduler, engine: Engine, st
 
     async def streamed() -> tuple[float, None]:
         started, first = time.perf_counter(), 0.0
-        works = await scheduler.prepare(subject.task, [text], deadline=time.monotonic() + 60, stream=True)
+        asked, until = {subject.task: None}, time.monotonic() + 60
+        works = (await scheduler.prepare(asked, [text], deadline=until, stream=True))[subject.task]
         async for _ in scheduler.accept(works, stream=True).events():
             first = first or time.perf_counter() - started
         return first, None

@@ -68,7 +68,7 @@ class Arrivals:
 
     async def another(self, scheduler: Scheduler, passes: list[Pass], text: str) -> None:
         before, started = len(passes), time.monotonic()
-        works = await scheduler.prepare(SORT, [text], deadline=started + 600)
+        works = (await scheduler.prepare({SORT: None}, [text], deadline=started + 600))[SORT]
         ticket = scheduler.accept(works)
         await ticket.result()
         self.seconds.append(time.monotonic() - started)
@@ -80,7 +80,7 @@ async def generate(scheduler: Scheduler, task: str, text: str, new_tokens: int) 
     """One generation after the other, until cancelled."""
     asked = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     while True:
-        works = await scheduler.prepare(task, [text], asked, deadline=time.monotonic() + 600)
+        works = (await scheduler.prepare({task: asked}, [text], deadline=time.monotonic() + 600))[task]
         await scheduler.submit(works)
 
 

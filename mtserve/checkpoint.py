@@ -27,7 +27,8 @@ from mtserve.text import Text, TextSpec
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder whose manifest has been read and whose files are present with their declared sizes."""
+    """A checkpoint folder whose manifest has been read and whose files are present: weights with their declared sizes
+    and headers that fit them, all others byte for byte."""
 
     folder: Path
     manifest: Manifest
@@ -44,6 +45,8 @@ class Checkpoint:
                 raise CheckpointError(f"{path} has {size} bytes; the manifest says {entry.size}")
             if name.endswith(".safetensors"):
                 read_header(path)
+            elif sha256_file(path) != entry.sha256:  # all but the weights is small enough to be read whole
+                raise CheckpointError(f"{path} is not the file that was sealed: its sha256 differs")
         return cls(folder, manifest)
 
     def verify(self) -> None:

@@ -53,7 +53,7 @@ class Answered:
     @classmethod
     def by(cls, engine: Engine, cases: Cases) -> Answered:
         works = [engine.prepare(cases.task.name, example) for example in cases.examples]
-        predictions = engine.run(works)
+        predictions = engine.run(works, errors=True)
         return cls(cases, predictions, [[] if work.reserved else work.logits for work in works])
 
     @cached_property

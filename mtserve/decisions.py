@@ -27,7 +27,9 @@ _SLACK = 1e-9  # a move of exactly that share is none, however it is rounded
 
 
 def flipped(one: Any, other: Any, options: Options) -> bool:
-    """Whether two predictions of a task with these options decide otherwise."""
+    """Whether two predictions of a task with these options decide otherwise; an error does from any prediction."""
+    if isinstance(one, Exception) or isinstance(other, Exception):
+        return type(one) is not type(other)
     if isinstance(one, dict) and set(one) == {"score"}:
         span = float(getattr(options, "high", 1.0) - getattr(options, "low", 0.0))
         moved = abs(float(one["score"]) - float(other["score"]))

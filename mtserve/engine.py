@@ -15,16 +15,18 @@ for the host; at the end of a step none is under way.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from mtserve.backends.base import Backend, Pending
 from mtserve.batching import Batch, plan
-from mtserve.errors import ConfigError, InputError, Problem, UnknownTaskError
+from mtserve.errors import ConfigError, InputError, NotFiniteError, Problem, UnknownTaskError
+from mtserve.observer import Observer, Ran
 from mtserve.rows import Row
 from mtserve.tasks.base import AnyKind, Example, Options
 from mtserve.tasks.validation import validate
@@ -58,11 +60,13 @@ class Counters:
 class _Ahead:
     """A batch under way.
 
+    padded   tokens that it costs, padding included
     takers   for each task and each row that it wants, the works that want it, and as which of their rows
     """
 
     pending: Pending
     rows: int
+    padded: int
     takers: Mapping[str, Sequence[Sequence[tuple[Work, int]]]]
 
 
@@ -77,7 +81,9 @@ class Engine:
         *,
         max_batch_tokens: int = DEFAULT_BUDGET,
         max_past_tokens: int = DEFAULT_PAST,
+        observer: Observer | None = None,
     ) -> None:
+        self.observer = observer or Observer()
         self.tasks = {task.name: task for task in tasks}
         self.backend = backend
         self.text = text
@@ -123,27 +129,62 @@ class Engine:
     def prepare_all(
         self, name: str, items: Sequence[Any], parameters: Mapping[str, Any] | None = None, *, stream: bool = False
     ) -> list[Work]:
-        """Raw items (strings, mappings, examples) as works. Raises one InputError that names every bad item."""
-        task = self.task(name)
-        examples: dict[int, Example] = {}
+        """Raw items (strings, mappings, examples) as works of one task. Raises as `prepare_tasks`."""
+        return self.prepare_tasks({name: parameters}, items, stream=stream)[name]
+
+    def prepare_tasks(
+        self, asked: Mapping[str, Mapping[str, Any] | None], items: Sequence[Any], *, stream: bool = False
+    ) -> dict[str, list[Work]]:
+        """The same raw items as works of each task asked for, with its parameters; each text is tokenised once.
+
+        Raises UnknownTaskError, or one InputError that names every bad item, and the task where there are several.
+        """
+        began = time.perf_counter()
+        tasks = [self.task(name) for name in asked]
+        text = self.text.ahead()
+        parsed: dict[AnyKind, tuple[dict[int, Example], list[Problem]]] = {}
+        works: dict[str, list[Work]] = {}
+        problems: list[Problem] = []
+        for task in tasks:
+            if task.kind not in parsed:
+                parsed[task.kind] = _parsed(task.kind, items)
+            examples, found = parsed[task.kind]
+            texts = (text for example in examples.values() for text in task.kind.texts(example))
+            text = text.ahead(texts, task.options.preparation)
+            works[task.name], more = self._works(task, examples, asked[task.name], text, stream=stream)
+            said = sorted([*found, *more], key=lambda problem: problem.index or 0)
+            problems += (
+                said if len(tasks) == 1 else [replace(p, message=f"task {task.name!r}: {p.message}") for p in said]
+            )
+        if problems:
+            raise InputError(problems)
+        for name, made in works.items():
+            self.observer.truncated(name, inputs=sum(work.cut > 0 for work in made))
+        self.observer.prepared(tuple(works), seconds=time.perf_counter() - began)
+        return works
+
+    def _works(
+        self,
+        task: Task,
+        examples: Mapping[int, Example],
+        parameters: Mapping[str, Any] | None,
+        text: Text,
+        *,
+        stream: bool,
+    ) -> tuple[list[Work], list[Problem]]:
+        """Works of the examples by their indexes, and what is wrong with some of them."""
+        try:
+            validate(task.kind.parameters, parameters or {}, prefix="parameters.")
+        except InputError as error:
+            return [], list(error.problems)
         works: list[Work] = []
         problems: list[Problem] = []
-        validate(task.kind.parameters, parameters or {}, prefix="parameters.")
-        for index, item in enumerate(items):
-            try:
-                examples[index] = item if isinstance(item, task.kind.example) else task.kind.parse(item)
-            except InputError as error:
-                problems += error.at(index).problems
-        texts = (text for example in examples.values() for text in task.kind.texts(example))
-        ahead = self.text.ahead(texts, task.options.preparation)
         for index, example in examples.items():
             try:
-                works.append(self._prepare(name, example, parameters, ahead, stream=stream))
+                works.append(self._prepare(task.name, example, parameters, text, stream=stream))
             except InputError as error:
                 problems += error.at(index).problems
-        if problems:
-            raise InputError(sorted(problems, key=lambda problem: problem.index or 0))
-        return works
+        return works, problems
 
     def step(self, works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
         """Encode what every work wants next and take its logits in: (finished, unfinished).
@@ -189,8 +230,10 @@ class Engine:
         """Take in the logits of a work; whether it is finished, be it with an error."""
         task = self.tasks[work.task]
         try:
+            if work.error is not None:
+                raise work.error
             finished = task.kind.advance(work, task.options, self.text)
-        except Exception as error:  # logits that are no numbers, say; it must harm no other work, and no step half done
+        except Exception as error:  # it must harm no other work, and no step half done
             work.error, finished = error, True
         if finished:
             work.rows = []  # what the backend kept for it is free
@@ -206,21 +249,33 @@ class Engine:
                 by_task.setdefault(task, []).append(index)
         batch = Batch(tuple(rows[key] for key in keys), {task: tuple(i) for task, i in by_task.items()})
         takers = {task: [wanted[keys[index]][task] for index in indexes] for task, indexes in batch.wanted.items()}
-        return _Ahead(self.backend.launch(batch), len(keys), takers)
+        lengths = [len(row) - self._known(row) for row in batch.rows]
+        padded = self.backend.cost(len(lengths), max(lengths), sum(lengths))
+        return _Ahead(self.backend.launch(batch), len(keys), padded, takers)
 
     def _take(self, ahead: _Ahead | None) -> None:
         """Each work that wants a row gets its own task's logits of it."""
         if ahead is None:
             return
         logits = ahead.pending.result()
+        wanted = 0
         for task, takers in ahead.takers.items():
             for each, array in zip(takers, logits[task], strict=True):
+                finite = bool(np.isfinite(array).all())
+                wanted += len(each)
                 for work, at in each:
                     work.logits[at] = array
                     work.passes.add(self.counters.trunk_passes)
+                    if not finite:
+                        work.error = NotFiniteError(task)
+        tokens = self.backend.tokens - self.counters.tokens
         self.counters.rows += ahead.rows
         self.counters.tokens = self.backend.tokens
         self.counters.trunk_passes += 1
+        times, joined = ahead.pending.times, wanted - ahead.rows
+        self.observer.ran(
+            Ran(ahead.rows, joined, tokens, ahead.padded, tuple(ahead.takers), times.trunk_s, times.head_s)
+        )
 
     def finish(self, work: Work) -> Any:
         """The prediction of a finished work. Raises what went wrong with it."""
@@ -238,15 +293,18 @@ class Engine:
         task = self.tasks[work.task]
         return [] if work.error is not None else task.kind.emit(work, task.options, self.text)
 
-    def run(self, works: Sequence[Work]) -> list[Any]:
-        """Predictions of works, in order, whatever number of steps they take; as many at once as there is room for."""
+    def run(self, works: Sequence[Work], *, errors: bool = False) -> list[Any]:
+        """Predictions of works, in order, whatever number of steps they take; as many at once as there is room for.
+
+        Raises what went wrong with the first work that failed; with `errors` that stands in its prediction's place.
+        """
         waiting, running = deque(works), list[Work]()
         while waiting or running:
             while waiting and fits(waiting[0], running, most=self.max_past_tokens):
                 running.append(waiting.popleft())
             _, running = self.step(running)
         self.release()
-        return [self.finish(work) for work in works]
+        return [work.error if errors and work.error is not None else self.finish(work) for work in works]
 
     def predict(self, task: str, items: Sequence[Any], parameters: Mapping[str, Any] | None = None) -> list[Any]:
         """Predictions of one task for items that may be strings, mappings or examples, in order.
@@ -254,3 +312,15 @@ class Engine:
         Raises UnknownTaskError, or InputError that names every bad item; nothing has run then.
         """
         return self.run(self.prepare_all(task, items, parameters))
+
+
+def _parsed(kind: AnyKind, items: Sequence[Any]) -> tuple[dict[int, Example], list[Problem]]:
+    """Raw items as examples by their indexes, and what is wrong with the others."""
+    examples: dict[int, Example] = {}
+    problems: list[Problem] = []
+    for index, item in enumerate(items):
+        try:
+            examples[index] = item if isinstance(item, kind.example) else kind.parse(item)
+        except InputError as error:
+            problems += error.at(index).problems
+    return examples, problems

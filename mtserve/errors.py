@@ -3,10 +3,12 @@
     MtserveError                      500 internal
     ├── RequestError                  400 bad_request        what a caller sent cannot be answered
     │   ├── InputError                422 invalid_input      an example or parameter is wrong; names each bad index
+    │   ├── UnauthorizedError         401 unauthorized       no API key, or none that is known
     │   ├── UnknownTaskError          404 unknown_task
     │   ├── UnknownRouteError         404 not_found
     │   ├── MethodError               405 method_not_allowed
     │   └── TooLargeError             413 too_large
+    ├── NotFiniteError                500 not_finite         the model gave no numbers for this input
     ├── CapacityError                 503 unavailable        right request, wrong moment
     │   ├── OverloadedError           429 overloaded         the queue is full
     │   └── DeadlineError             504 deadline_exceeded
@@ -77,6 +79,13 @@ class InputError(RequestError):
         return {"problems": [{k: v for k, v in asdict(p).items() if v is not None} for p in self.problems]}
 
 
+class UnauthorizedError(RequestError):
+    """The request has no API key, or one that the server does not know."""
+
+    code = "unauthorized"
+    status = 401
+
+
 class UnknownTaskError(RequestError):
     """No task has the name asked for."""
 
@@ -112,6 +121,15 @@ class TooLargeError(RequestError):
     status = 413
 
 
+class NotFiniteError(MtserveError):
+    """The model's output for one input holds infinities or what is no number."""
+
+    code = "not_finite"
+
+    def __init__(self, task: str) -> None:
+        super().__init__(f"task {task!r}: the model's output for this input holds numbers that are not finite")
+
+
 class CapacityError(MtserveError):
     """The request is right, but the server cannot answer it now."""
 
@@ -120,10 +138,14 @@ class CapacityError(MtserveError):
 
 
 class OverloadedError(CapacityError):
-    """The queue of the trunk is full; nothing of the request was accepted."""
+    """The queue of the trunk is full; nothing of the request was accepted. `retry_after_s`: when to try again."""
 
     code = "overloaded"
     status = 429
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
 
 
 class DeadlineError(CapacityError):

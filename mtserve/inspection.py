@@ -114,7 +114,7 @@ def _answers_differ(engines: tuple[Engine, Engine], task: str, records: list[dic
     fields = kind.example.model_fields
     examples = [kind.parse({name: record[name] for name in fields if name in record}) for record in records]
     works = [[engine.prepare(task, example) for example in examples] for engine in engines]
-    predictions = [engine.run(batch) for engine, batch in zip(engines, works, strict=True)]
+    predictions = [engine.run(batch, errors=True) for engine, batch in zip(engines, works, strict=True)]
     options = engines[0].task(task).options
     changed = sum(flipped(a, b, options) for a, b in zip(*predictions, strict=True))
     worst = 0.0

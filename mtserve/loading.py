@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mtserve.checkpoint import Checkpoint
 from mtserve.engine import DEFAULT_BUDGET, DEFAULT_PAST, Engine, Task
-from mtserve.errors import ConfigError, MissingExtraError
+from mtserve.errors import CheckpointError, ConfigError, MissingExtraError
 from mtserve.profiles import PRECISIONS, Device, Hardware, choose, profile_key, together
 from mtserve.resolve import resolve
+from mtserve.text import Text
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def load_checkpoint(
     every = (checkpoint, *others)
     there = hardware(device_of(device))
     name = _checked(every, profile, there, accepted_only=accepted_only)
-    model = load_model(checkpoint)
+    model, text = load_model(checkpoint), checkpoint.text()
+    check_vocabulary(text, model.trunk.config)
     for other in others:
         add_heads(model, other)
     entries = [entry for each in every for entry in each.manifest.tasks]
@@ -96,10 +99,19 @@ def load_checkpoint(
             capture=capture,
             graphs=capture,
         ),
-        checkpoint.text(),
+        text,
         max_batch_tokens=max_batch_tokens,
         max_past_tokens=max_past_tokens,
     )
+
+
+def check_vocabulary(text: Text, config: Any) -> None:
+    """Raise CheckpointError for a tokenizer with more tokens than the trunk has embeddings, or another pad token."""
+    pad, rows = text.spec.pad_id, int(config.vocab_size)
+    if text.vocab_size > rows:
+        raise CheckpointError(f"the tokenizer has {text.vocab_size} tokens, and the trunk embeddings for {rows}")
+    if pad not in range(rows) or config.pad_token_id not in (None, pad):
+        raise CheckpointError(f"the pad token is {pad} in the manifest and {config.pad_token_id} in the trunk's config")
 
 
 def _checked(checkpoints: Sequence[Checkpoint], profile: str | None, there: Hardware, *, accepted_only: bool) -> str:
@@ -137,5 +149,5 @@ def in_profile(engine: Engine, profile: str) -> Engine:
     assert isinstance(loaded, EagerBackend)
     ways = {"capture": loaded.capture, "graphs": loaded.capture}
     backend = EagerBackend(loaded.model, pad_id=loaded.pad_id, profile=profile, **ways)
-    limits = {"max_batch_tokens": engine.max_batch_tokens, "max_past_tokens": engine.max_past_tokens}
+    limits: dict[str, Any] = {"max_batch_tokens": engine.max_batch_tokens, "max_past_tokens": engine.max_past_tokens}
     return Engine(engine.tasks.values(), backend, engine.text, **limits)

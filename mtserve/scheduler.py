@@ -6,25 +6,24 @@ Invariants (tests/test_scheduler.py holds them):
     one error. Nothing is lost, nothing is answered twice.
 2.  A request is accepted whole or refused whole. It is refused with OverloadedError while its tokens do not fit beside
     those that wait, and always with TooLargeError if they would not fit into an empty queue: sending it again later
-    cannot help, so the answer does not depend on the load.
+    cannot help, so the answer does not depend on the load. OverloadedError says in how many seconds what waits now will
+    have drained, at the rate of late.
 3.  A round takes waiting works and steps them alone; then every running work (of many steps, those that just began
     among them) takes one step. What a step finished is delivered, and what it has to read along is told, before the
     next one. So a work that comes while others run waits for the step under way, and for one of the running works if
     that was one of new works; then its own step comes.
-    Works start in the order in which they were accepted; a round takes what fits the engine's token budget, or
-    `interleave_tokens` while others run, counted in pending tokens of distinct rows, and at least one work; a work
-    without a new row always fits. So equal rows that stand next to each other in the queue are encoded once.
+    Which works start is for `mtserve.waiting`: fair among tasks, equal rows together. A round takes what fits the
+    engine's token budget, or `interleave_tokens` while others run. It begins the moment the engine is free; with
+    `max_wait_ms`, while nothing runs and the budget is not full, not before the oldest work has waited so long.
 4.  The waiting works of a request that was withdrawn (cancelled, timed out, failed) never start, its running ones take
     no further step, and the scheduler holds neither.
-5.  When a step fails, none of its works has advanced, and each is tried once more alone; a work that fails alone fails
-    its own request, with a MtserveError that says nothing of the inside. The thread lives on.
-6.  A request that is not answered by its deadline gets DeadlineError.
-7.  After `close` nothing is accepted; what was accepted is answered if the time suffices, else fails with
-    CapacityError. `close` returns within its bound.
+5.  When a step fails, none of its works has advanced, and it is repeated in halves; a work that fails alone fails its
+    own request, with a MtserveError that says nothing of the inside. The thread lives on.
+6.  A request that is not answered by its deadline gets DeadlineError; works that still wait then never start.
+7.  After `close` nothing is accepted; what was accepted is answered within its bound, else fails with CapacityError.
 8.  What a step holds depends on the order of acceptance and on when the engine was free, on nothing else.
-9.  The running works have room (`tasks.base.room`) in the engine's `max_past_tokens`, and what was kept for others is
-    freed when nothing runs. Works that wait for room let those pass that need none; among those that need some, and
-    among those that need none, the order stays that of acceptance.
+9.  The running works have room (`tasks.work.room`) in the engine's `max_past_tokens`, and what was kept for others is
+    freed when nothing runs.
 10. The events of a request that is read along come in order and complete, its error after them; what reads them never
     holds up the engine.
 
@@ -39,16 +38,16 @@ import logging
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import count
 from typing import Any, Protocol
 
 from mtserve.errors import CapacityError, MtserveError, OverloadedError, TooLargeError
+from mtserve.observer import Observer, Reason
 from mtserve.tasks.work import Work, fits
 from mtserve.ticket import Ticket, late
+from mtserve.waiting import Rate, Waiting
 
 DEFAULT_QUEUE_TOKENS = 262_144
 DEFAULT_TIMEOUT_S = 60.0
@@ -62,10 +61,10 @@ class Stepper(Protocol):
     max_batch_tokens: int
     max_past_tokens: int
 
-    def prepare_all(
-        self, name: str, items: Sequence[Any], parameters: Mapping[str, Any] | None = None, *, stream: bool = False
-    ) -> list[Work]:
-        """Raw items as works, none of which reserves more than `max_past_tokens`."""
+    def prepare_tasks(
+        self, asked: Mapping[str, Mapping[str, Any] | None], items: Sequence[Any], *, stream: bool = False
+    ) -> dict[str, list[Work]]:
+        """Raw items as works of each task asked for, none of which reserves more than `max_past_tokens`."""
         ...
 
     def step(self, works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
@@ -95,41 +94,44 @@ class Scheduler:
         max_queue_tokens: int = DEFAULT_QUEUE_TOKENS,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         interleave_tokens: int = INTERLEAVE_TOKENS,
+        max_wait_ms: float = 0.0,
+        weights: Mapping[str, float] | None = None,
         pool_threads: int = 2,
+        observer: Observer | None = None,
     ) -> None:
         self.max_queue_tokens = max_queue_tokens
         self.timeout_s = timeout_s
         self.interleave_tokens = interleave_tokens
+        self.max_wait_s = max_wait_ms / 1000
         self._engine = engine
+        self._observer = observer or Observer()
         self._changed = threading.Condition()  # guards all that follows
-        self._number = count()
-        self._waiting: list[deque[tuple[int, Work, Ticket]]] = [deque(), deque()]  # need no room for a past; need some
-        self._waiting_tokens = 0
+        self._waiting: Waiting[Ticket] = Waiting(weights)
+        self._rate = Rate()
         self._open: set[Ticket] = set()
         self._closing = False
         self._pool = ThreadPoolExecutor(pool_threads, thread_name_prefix="mtserve-text")
         self._thread = threading.Thread(target=self._serve, name="mtserve-engine", daemon=True)
         self._thread.start()
 
-    # the callers' side
-
     async def prepare(
         self,
-        task: str,
+        asked: Mapping[str, Mapping[str, Any] | None],
         items: Sequence[Any],
-        parameters: Mapping[str, Any] | None = None,
         *,
         deadline: float,
         stream: bool = False,
-    ) -> list[Work]:
-        """`engine.prepare_all` in the pool. Raises what that raises, CapacityError or DeadlineError."""
+    ) -> dict[str, list[Work]]:
+        """`engine.prepare_tasks` in the pool. Raises what that raises, CapacityError or DeadlineError."""
+        task = next(iter(asked))
         with self._changed:
-            self._refuse(0)
-        call = partial(self._engine.prepare_all, task, items, parameters, stream=stream)
+            self._refuse(task, 0)
+        call = partial(self._engine.prepare_tasks, asked, items, stream=stream)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 return await asyncio.get_running_loop().run_in_executor(self._pool, call)
         except TimeoutError as error:
+            self._observer.dropped(task, "deadline")
             raise late() from error
 
     def accept(self, works: Sequence[Work], *, deadline: float | None = None, stream: bool = False) -> Ticket:
@@ -139,17 +141,15 @@ class Scheduler:
         """
         deadline = time.monotonic() + self.timeout_s if deadline is None else deadline
         ticket = Ticket(self.withdraw, works, deadline=deadline, stream=stream)
-        tokens = sum(work.tokens for work in ticket.works)
         with self._changed:
-            self._refuse(tokens)
-            if not ticket.works:
-                ticket.future.set_result([])
-                ticket.tell(None)
-                return ticket
+            self._refuse(works[0].task if works else "", sum(work.tokens for work in ticket.works))
             self._open.add(ticket)
+            if not ticket.works:
+                self._settle(ticket, result=[])
+                return ticket
             for work in ticket.works:
-                self._waiting[work.reserved > 0].append((next(self._number), work, ticket))
-            self._waiting_tokens += tokens
+                self._waiting.put(work, ticket)
+            self._observer.waiting(rows=len(self._waiting), tokens=self._waiting.tokens)
             self._changed.notify()
         return ticket
 
@@ -160,7 +160,9 @@ class Scheduler:
     def withdraw(self, ticket: Ticket) -> None:
         """Drop what is left of a request; an unsettled one fails."""
         with self._changed:
-            self._settle(ticket, error=CapacityError("the request was withdrawn"))
+            late_now = time.monotonic() >= ticket.deadline - 0.001  # a timer may be a little early
+            error = late() if late_now else CapacityError("the request was withdrawn")
+            self._settle(ticket, error=error, reason="deadline" if late_now else "withdrawn")
 
     def close(self, *, timeout_s: float = 10.0) -> None:
         """Accept nothing more, answer what was accepted, end the thread; after `timeout_s` fail what is left."""
@@ -172,75 +174,86 @@ class Scheduler:
         if not drained:
             with self._changed:
                 for ticket in list(self._open):
-                    self._settle(ticket, error=_closed())
+                    self._settle(ticket, error=_closed(), reason="closing")
         self._pool.shutdown(wait=drained)
 
-    def _refuse(self, tokens: int) -> None:
+    def _refuse(self, task: str, tokens: int) -> None:
         """Raise if that many tokens cannot be queued now."""
+        waiting, most = self._waiting.tokens, self.max_queue_tokens
         if self._closing:
+            self._observer.dropped(task, "closing")
             raise _closed()
-        if tokens > self.max_queue_tokens:
-            raise TooLargeError(f"the request has {tokens} tokens; at most {self.max_queue_tokens} are allowed")
-        if self._waiting_tokens + max(tokens, 1) > self.max_queue_tokens:
-            raise OverloadedError(
-                f"{self._waiting_tokens} tokens wait already, and at most {self.max_queue_tokens} may; try again soon"
-            )
+        if tokens > most:
+            self._observer.dropped(task, "too_large")
+            raise TooLargeError(f"the request has {tokens} tokens; at most {most} are allowed")
+        if waiting + max(tokens, 1) > most:
+            self._observer.dropped(task, "overloaded")
+            when = self._rate.seconds(waiting)
+            found = f"{waiting} tokens wait already, and at most {most} may; try again in {when} s"
+            raise OverloadedError(found, retry_after_s=when)
 
-    def _settle(self, ticket: Ticket, *, error: BaseException | None = None, result: list[Any] | None = None) -> None:
+    def _settle(
+        self,
+        ticket: Ticket,
+        *,
+        result: list[Any] | None = None,
+        error: BaseException | None = None,
+        reason: Reason | None = None,
+    ) -> None:
         """Answer a request once, and forget what still waits of it. Called with the lock held."""
         if ticket.future.done():
             return
         ticket.over = True
         self._open.discard(ticket)
-        if ticket.waiting:
-            self._waiting = [deque(entry for entry in queue if entry[2] is not ticket) for queue in self._waiting]
-            self._waiting_tokens = sum(work.tokens for queue in self._waiting for _, work, _ in queue)
+        if self._waiting.drop(ticket):
+            self._observer.waiting(rows=len(self._waiting), tokens=self._waiting.tokens)
+        if reason is not None:
+            self._observer.dropped(ticket.works[0].task, reason)
         if error is not None:
             ticket.future.set_exception(error)
         else:
             ticket.future.set_result(result or [])
         ticket.tell(None)
 
-    # the engine thread's side
-
     def _serve(self) -> None:
         running: dict[Work, Ticket] = {}
         while self._busy(running):
-            running |= self._step(self._take(running))
+            taken, began = self._take(running), time.monotonic()
+            tokens = sum(work.tokens for work in taken)
+            running |= self._step(taken)
             running = self._step(running)
+            self._rate.add(tokens, time.monotonic() - began)
 
     def _busy(self, running: Mapping[Work, Ticket]) -> bool:
         """Wait for something to do; False when closing, and nothing is left."""
         with self._changed:
-            if not (running or any(self._waiting)):
+            if not (running or self._waiting):
                 self._engine.release()
-            while not (running or any(self._waiting) or self._closing):
-                self._changed.wait()
-            return bool(running or any(self._waiting))
+            while not (running or self._closing) and (left := self._wait_s()) != 0:
+                self._changed.wait(left)
+            return bool(running or self._waiting)
 
-    def _take(self, running: dict[Work, Ticket]) -> dict[Work, Ticket]:
+    def _wait_s(self) -> float | None:
+        """Seconds until what waits is to start, if the engine is free; None where nothing waits."""
+        oldest = self._waiting.oldest()
+        if oldest is None or self._waiting.tokens >= self._engine.max_batch_tokens:
+            return None if oldest is None else 0.0
+        return max(0.0, oldest.accepted + self.max_wait_s - time.monotonic())
+
+    def _take(self, running: Mapping[Work, Ticket]) -> dict[Work, Ticket]:
         """Waiting works that start now, beside the running ones."""
+        now = time.monotonic()
         with self._changed:
+            for ticket in [ticket for ticket in self._open if ticket.deadline <= now]:
+                self._settle(ticket, error=late(), reason="deadline")
+            most = self._engine.max_past_tokens
             budget = min(self._engine.max_batch_tokens, self.interleave_tokens if running else sys.maxsize)
-            taken: dict[Work, Ticket] = {}
-            seen: set[Any] = set()
-
-            def may_start(work: Work) -> bool:
-                return fits(work, (*running, *taken), most=self._engine.max_past_tokens)
-
-            while queues := [queue for queue in self._waiting if queue and may_start(queue[0][1])]:
-                queue = min(queues, key=lambda queue: queue[0][0])
-                _, work, ticket = queue[0]
-                new = {row.key: row.pending for row in work.rows if row.key not in seen}
-                budget -= sum(new.values())
-                if taken and new and budget < 0:
-                    break
-                queue.popleft()
-                taken[work] = ticket
-                seen.update(new)
-                ticket.waiting -= 1
-                self._waiting_tokens -= work.tokens
-                ticket.started = ticket.started or time.monotonic()
+            taken = dict(self._waiting.take(budget, lambda work, new: fits(work, (*running, *new), most=most)))
+            for work, ticket in taken.items():
+                if ticket.started is None:
+                    ticket.started = now
+                    self._observer.started(work.task, wait_s=now - ticket.accepted)
+            self._observer.waiting(rows=len(self._waiting), tokens=self._waiting.tokens)
             return taken
 
     def _step(self, works: dict[Work, Ticket]) -> dict[Work, Ticket]:
@@ -248,11 +261,7 @@ class Scheduler:
         _drop(works)
         if not works:
             return {}
-        try:
-            finished, unfinished = self._engine.step(list(works))
-        except Exception:  # whatever a backend raises, the thread must live on
-            logger.exception("a step of %d works failed", len(works))
-            finished, unfinished = self._alone(works)
+        finished, unfinished = self._stepped(list(works), works)
         for work in (*finished, *unfinished):
             self._tell(work, works[work])
         for work in finished:
@@ -261,22 +270,23 @@ class Scheduler:
         _drop(works)
         return going_on
 
-    def _alone(self, works: Mapping[Work, Ticket]) -> tuple[list[Work], list[Work]]:
-        """Repeat a failed step work by work; a work that was alone has had its try."""
+    def _stepped(self, works: list[Work], tickets: Mapping[Work, Ticket]) -> tuple[list[Work], list[Work]]:
+        """A step, repeated in halves where it fails: (finished, unfinished) without those that failed."""
+        try:
+            return self._engine.step(works)
+        except Exception as error:  # whatever a backend raises, the thread must live on
+            if len(works) == 1:
+                logger.exception("task %r failed on one input", works[0].task)
+                self._fail(tickets[works[0]])
+                return [], []
+            logger.error("a step of %d works failed, and is repeated in halves: %r", len(works), error)
         finished: list[Work] = []
         unfinished: list[Work] = []
-        for work, ticket in works.items():
-            if len(works) == 1:
-                self._fail(ticket)
-            elif not ticket.over:
-                try:
-                    done, more = self._engine.step([work])
-                except Exception:  # as in `_step`
-                    logger.exception("task %r failed on one input", work.task)
-                    self._fail(ticket)
-                else:
-                    finished += done
-                    unfinished += more
+        for half in (works[: len(works) // 2], works[len(works) // 2 :]):
+            if left := [work for work in half if not tickets[work].over]:
+                done, more = self._stepped(left, tickets)
+                finished += done
+                unfinished += more
         return finished, unfinished
 
     def _tell(self, work: Work, ticket: Ticket) -> None:
@@ -284,14 +294,14 @@ class Scheduler:
         if ticket.loop is not None:
             try:
                 ticket.tell(self._engine.emit(work))
-            except Exception:  # as in `_step`
+            except Exception:  # as in `_stepped`
                 logger.exception("task %r has events that cannot be told", work.task)
                 self._fail(ticket)
 
     def _fail(self, ticket: Ticket) -> None:
         with self._changed:
             failed = MtserveError("the model failed on this request; the server's log has the reason")
-            self._settle(ticket, error=failed)
+            self._settle(ticket, error=failed, reason="failed")
 
     def _finished(self, ticket: Ticket) -> None:
         """Count a finished work; decode when it was the request's last."""

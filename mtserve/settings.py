@@ -7,9 +7,10 @@ manifest accepts.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, PositiveFloat, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from mtserve.errors import ConfigError
@@ -35,6 +36,26 @@ class Settings(BaseSettings):
     max_text_chars: int = Field(default=1_000_000, ge=1, description="Longest single string of a request; then 413.")
     timeout_s: float = Field(default=60.0, gt=0, description="Longest time from acceptance to answer; then 504.")
 
+    max_wait_ms: float = Field(
+        default=0.0, ge=0, description="How long an idle engine waits for a fuller batch; 0 starts at once."
+    )
+    weights: Annotated[dict[str, PositiveFloat], NoDecode] = Field(
+        default={},
+        description="Shares of tasks in the engine's tokens where several compete, as TASK=2,TASK=0.5 or a JSON "
+        "object; 1 for all others.",
+    )
+    grace_s: float = Field(
+        default=20.0, ge=0, le=25, description="Longest time that SIGTERM waits for requests that are under way."
+    )
+
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        default=(), description="Keys that requests must have, separated by commas, or a JSON list; sha256:HEX for one."
+    )
+    api_keys_file: Path | None = Field(default=None, description="A file with one more such key a line; # comments.")
+    open_metrics: bool = Field(default=False, description="Whether /metrics needs no key.")
+    access_log: bool = Field(default=True, description="Whether each request writes a line of JSON to stdout.")
+    log_texts: bool = Field(default=False, description="Whether the access log holds the inputs of requests.")
+
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="What computes; auto is the GPU where there is one."
     )
@@ -59,7 +80,7 @@ class Settings(BaseSettings):
         description="Whether freed memory is kept for the next pass (glibc); by default as tuned, else yes.",
     )
 
-    @field_validator("model", mode="before")
+    @field_validator("model", "api_keys", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if not isinstance(value, str):
@@ -67,6 +88,14 @@ class Settings(BaseSettings):
         if value.lstrip().startswith("["):
             return json.loads(value)
         return [part.strip() for part in value.split(",") if part.strip()]
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        if not isinstance(value, str) or value.lstrip().startswith("{"):
+            return json.loads(value) if isinstance(value, str) else value
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        return {name.strip(): share.strip() for name, _, share in pairs}
 
 
 def read_settings() -> Settings:
@@ -76,4 +105,5 @@ def read_settings() -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = "MTSERVE_" + "_".join(map(str, first["loc"][:1])).upper()
-        raise ConfigError(f"{name}: {first['msg']}; found {first.get('input')!r}") from error
+        found = "" if "api_keys" in first["loc"] else f"; found {first.get('input')!r}"  # a secret stays one
+        raise ConfigError(f"{name}: {first['msg']}{found}") from (None if not found else error)

@@ -95,6 +95,7 @@ class Text:
         tokenizer.encode_special_tokens = True  # not stored in the file
         self._tokenizer = tokenizer
         self._known: Mapping[str, Encoding] = {}
+        self._made: dict[tuple[object, ...], list[Row]] | None = None
         self.spec = spec
         added = tokenizer.get_added_tokens_decoder().values()
         specials = sorted((re.escape(t.content) for t in added if t.special), key=len, reverse=True)
@@ -108,14 +109,18 @@ class Text:
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing") from error
 
-    def ahead(self, texts: Iterable[str], preparation: Sequence[str] | None = None) -> Text:
+    def ahead(self, texts: Iterable[str] = (), preparation: Sequence[str] | None = None) -> Text:
         """The same, for one batch: these texts, prepared by the task's steps, are encoded now, each once, by all the
-        tokenizer's own threads, and are not encoded again when rows are made of them."""
-        prepared = list(dict.fromkeys(self._prepare(text, preparation).text for text in texts))
+        tokenizer's own threads, and are not encoded again when rows are made of them; nor is a row made twice that
+        several tasks ask for in the same form. What one knows already, the ones made of it know too."""
+        prepared = dict.fromkeys(self._prepare(text, preparation).text for text in texts)
+        new = [text for text in prepared if text not in self._known]
         made = copy.copy(self)
-        if len(prepared) >= _WORTH_A_BATCH:
-            encoded = self._tokenizer.encode_batch(prepared, add_special_tokens=False)
-            made._known = dict(zip(prepared, encoded, strict=True))
+        if len(new) >= _WORTH_A_BATCH:
+            encoded = self._tokenizer.encode_batch(new, add_special_tokens=False)
+            made._known = {**self._known, **dict(zip(new, encoded, strict=True))}
+        if made._made is None:
+            made._made = {}
         return made
 
     @property
@@ -146,6 +151,14 @@ class Text:
         text (with `cut_first` the first) is cut into windows that overlap by `stride` tokens, and the other one is
         whole in each. Raises InputError if the text is longer under `error`, or has no tokens at all.
         """
+        if self._made is None:
+            return self._new_rows(text, pair, limits=limits, cut_first=cut_first, part=part)
+        asked = text, pair, limits, cut_first, part
+        if asked not in self._made:
+            self._made[asked] = self._new_rows(text, pair, limits=limits, cut_first=cut_first, part=part)
+        return list(self._made[asked])
+
+    def _new_rows(self, text: str, pair: str | None, *, limits: Limits, cut_first: bool, part: int) -> list[Row]:
         first = self._encode(text, limits.preparation)
         second = None if pair is None else self._encode(pair, limits.preparation, before=self.spec.pair_separator or "")
         end = self.literal(limits.append)

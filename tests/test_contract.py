@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from torch.utils._pytree import tree_leaves
 
-from mtserve.backends.eager import padded
+from mtserve.backends.staging import padded
 from mtserve.heads import stock_class
 from mtserve.tasks import KINDS
 from mtserve.trunk import inputs_of

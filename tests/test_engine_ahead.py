@@ -49,6 +49,8 @@ class Watched:
         pending, note = self.of.launch(batch), self._note
 
         class Noted:
+            times = pending.times
+
             def result(self) -> Answers:
                 note("take", number)
                 found: Answers = pending.result()

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel
 
-from mtserve.backends.eager import EagerBackend, padded
+from mtserve.backends.eager import EagerBackend
+from mtserve.backends.staging import padded
 from mtserve.batching import Batch
 from mtserve.errors import CheckpointError
 from mtserve.heads import StockHead

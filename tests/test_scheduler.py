@@ -51,13 +51,13 @@ class FakeEngine:
         self.threads: set[str] = set()
         self.releases = 0
 
-    def prepare_all(
-        self, name: str, items: Sequence[Any], parameters: Mapping[str, Any] | None = None, *, stream: bool = False
-    ) -> list[Work]:
+    def prepare_tasks(
+        self, asked: Mapping[str, Mapping[str, Any] | None], items: Sequence[Any], *, stream: bool = False
+    ) -> dict[str, list[Work]]:
         self.threads.add(threading.current_thread().name)
         if any(item.tokens > 100 for item in items):
             raise InputError("too long for this task")
-        return [work_of(item) for item in items]
+        return {name: [work_of(item) for item in items] for name in asked}
 
     def release(self) -> None:
         self.releases += 1
@@ -104,7 +104,7 @@ def job_of(work: Work) -> Job:
 def work_of(job: Job) -> Work:
     ids = [job.text] * job.tokens
     row = make_row(ids, [0] * len(ids), [(0, 0)] * len(ids), [0] * len(ids))
-    return Work("fake", job, Parameters(), [row], reserved=job.reserved)
+    return Work("roomy" if job.reserved else "fake", job, Parameters(), [row], reserved=job.reserved)
 
 
 def works_of(*jobs: Job) -> list[Work]:
@@ -124,8 +124,10 @@ def run(check: Callable[[Scheduler, FakeEngine], Awaitable[None]], engine: FakeE
         engine.gate.set()
         scheduler.close(timeout_s=5)
     assert not scheduler._thread.is_alive()
-    assert scheduler._waiting_tokens == 0
-    assert not any(scheduler._waiting)
+    assert scheduler._waiting.tokens == 0
+    assert not len(scheduler._waiting)
+    assert not scheduler._waiting._of
+    assert not scheduler._waiting._alike
     assert not scheduler._open
     return scheduler
 
@@ -163,7 +165,7 @@ def test_2_accepted_whole_or_refused_whole(sizes: list[int]) -> None:
     async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
         engine.gate.clear()
         plug = asyncio.ensure_future(scheduler.submit(works_of(Job(text=9))))
-        await until(lambda: scheduler._waiting_tokens == 0 and scheduler._open)
+        await until(lambda: scheduler._waiting.tokens == 0 and scheduler._open)
         queued, accepted, refused = 0, [], []
         for size in sizes:
             halves = works_of(Job(text=1, tokens=size), Job(text=2, tokens=size))
@@ -178,7 +180,7 @@ def test_2_accepted_whole_or_refused_whole(sizes: list[int]) -> None:
             else:
                 accepted.append(scheduler.accept(halves))
                 queued += 2 * size
-            assert scheduler._waiting_tokens == queued
+            assert scheduler._waiting.tokens == queued
         engine.gate.set()
         await plug
         assert [await ticket.result() for ticket in accepted] == [[(1, 1), (2, 1)]] * len(accepted)
@@ -191,10 +193,10 @@ def test_2_a_full_queue_refuses_before_tokenising() -> None:
     async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
         engine.gate.clear()
         plug = asyncio.ensure_future(scheduler.submit(works_of(Job(text=1))))
-        await until(lambda: scheduler._waiting_tokens == 0 and scheduler._open)
+        await until(lambda: scheduler._waiting.tokens == 0 and scheduler._open)
         filler = scheduler.accept(works_of(Job(text=2, tokens=10)))
         with pytest.raises(OverloadedError):
-            await scheduler.prepare("fake", [Job(text=3)], deadline=time.monotonic() + 5)
+            await scheduler.prepare({"fake": None}, [Job(text=3)], deadline=time.monotonic() + 5)
         assert not engine.threads
         engine.gate.set()
         await asyncio.gather(plug, filler.result())
@@ -209,49 +211,43 @@ def test_2_a_full_queue_refuses_before_tokenising() -> None:
     beside=st.sampled_from([1, 6, 100]),
 )
 def test_3_and_9_rounds_hold_what_fits_in_order(first: list[Job], budget: int, beside: int) -> None:
-    """With everything queued beforehand, the steps are those that the rules make of it, written down once more here."""
+    """With everything queued beforehand: new works within their limits, alone; then all running ones."""
 
     async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
         engine.gate.clear()
         plug = asyncio.ensure_future(scheduler.submit(works_of(Job(text=90))))
-        await until(lambda: scheduler._waiting_tokens == 0 and scheduler._open)
+        await until(lambda: scheduler._waiting.tokens == 0 and scheduler._open)
         tickets = [scheduler.accept(works_of(job)) for job in first]
         engine.gate.set()
         await plug
         await asyncio.gather(*(ticket.result() for ticket in tickets))
-        assert engine.batches[1:] == rounds([ticket.works[0] for ticket in tickets], budget=budget, beside=beside)
+        check_rounds(engine.batches[1:], [ticket.works[0] for ticket in tickets], budget=budget, beside=beside)
 
     run(check, FakeEngine(max_batch_tokens=budget, max_past_tokens=50), interleave_tokens=beside)
 
 
-def rounds(waiting: list[Work], *, budget: int, beside: int) -> list[list[Work]]:
-    """The steps of works that were accepted in this order before the first round."""
-    steps: list[list[Work]] = []
-    running: dict[Work, int] = {}  # steps to go
-    while waiting or running:
-        new: list[Work] = []
-        for work in list(waiting):
-            kept = [job_of(other).reserved for other in (*running, *new, work) if job_of(other).reserved]
-            if job_of(work).reserved and (len(kept) * max(kept) > 50 or older_waits(work, waiting, new)):
-                continue  # waits for room
-            fits = distinct([*new, work]) <= (min(budget, beside) if running else budget)
-            if new and not fits and distinct([*new, work]) > distinct(new):
-                break
-            new.append(work)
-        waiting = [work for work in waiting if work not in new]
-        running |= {work: job_of(work).steps for work in new}
-        for step in (new, [work for work in running if running[work] > 1 or work not in new]):
-            steps += [step] if step else []
-            for work in step:
-                running[work] -= 1
-        running = {work: left for work, left in running.items() if left}
-    return steps
-
-
-def older_waits(work: Work, waiting: list[Work], new: list[Work]) -> bool:
-    """Whether a work that came before waits for room."""
-    before = waiting[: waiting.index(work)]
-    return any(job_of(other).reserved and other not in new for other in before)
+def check_rounds(batches: list[list[Work]], accepted: list[Work], *, budget: int, beside: int) -> None:
+    left = {work: job_of(work).steps for work in accepted}
+    running: list[Work] = []
+    started: list[Work] = []
+    for batch in batches:
+        new = [work for work in batch if left[work] == job_of(work).steps and work not in started]
+        if new:
+            assert new == batch
+            adding = [work for at, work in enumerate(new) if distinct(new[: at + 1]) > distinct(new[:at])]
+            assert distinct(new) <= (min(budget, beside) if running else budget) or len(adding) == 1
+            kept = [job_of(work).reserved for work in (*running, *new) if job_of(work).reserved]
+            assert len(kept) * max(kept, default=0) <= 50
+            started += new
+            running += new
+        else:
+            assert batch == running
+        for work in batch:
+            left[work] -= 1
+        running = [work for work in running if left[work]]
+    assert not any(left.values())
+    in_order = [work for work in started if job_of(work).reserved]
+    assert in_order == [work for work in accepted if job_of(work).reserved]
 
 
 def distinct(works: Sequence[Work]) -> int:
@@ -270,9 +266,9 @@ def test_3_new_works_join_between_the_steps_of_others() -> None:
     async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
         engine.gate.clear()
         long = asyncio.ensure_future(scheduler.submit(works_of(Job(text=1, steps=200))))
-        await until(lambda: scheduler._open and scheduler._waiting_tokens == 0)
+        await until(lambda: scheduler._open and scheduler._waiting.tokens == 0)
         short = asyncio.ensure_future(scheduler.submit(works_of(Job(text=2), Job(text=3, steps=2))))
-        await until(lambda: scheduler._waiting_tokens)
+        await until(lambda: scheduler._waiting.tokens)
         engine.gate.set()
         assert await short == [(2, 1), (3, 2)]
         assert await long == [(1, 200)]
@@ -298,7 +294,7 @@ def test_3_a_classification_waits_for_the_decode_step_under_way_and_no_other() -
             await until(lambda steps=steps: len(engine.batches) == steps - 1)  # type: ignore[misc]
             await asyncio.sleep(0.01)  # the next step, of eight generations, is under way now
         classification = asyncio.ensure_future(scheduler.submit(works_of(Job(text=50))))
-        await until(lambda: scheduler._waiting_tokens)
+        await until(lambda: scheduler._waiting.tokens)
         before = len(engine.batches)
         one_step.release()  # of the step under way
         await until(lambda: len(engine.batches) == before + 1)
@@ -319,7 +315,7 @@ def test_3_a_flood_of_others_leaves_a_generation_its_steps() -> None:
     async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
         engine.gate.clear()
         generation = scheduler.accept(works_of(Job(text=99, steps=12, reserved=20)))
-        await until(lambda: scheduler._waiting_tokens == 0)
+        await until(lambda: scheduler._waiting.tokens == 0)
         flood = [scheduler.accept(works_of(Job(text=at, tokens=8))) for at in range(40)]
         engine.gate.set()
         await asyncio.gather(*(ticket.result() for ticket in [generation, *flood]))
@@ -333,7 +329,7 @@ def test_9_works_that_need_no_room_pass_by_those_that_wait_for_it() -> None:
     async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
         engine.gate.clear()
         first = scheduler.accept(works_of(Job(text=1, steps=50, reserved=20)))
-        await until(lambda: scheduler._waiting_tokens == 0)
+        await until(lambda: scheduler._waiting.tokens == 0)
         second = scheduler.accept(works_of(Job(text=2, steps=3, reserved=60)))  # no room before the first one's end
         third = scheduler.accept(works_of(Job(text=3, steps=3, reserved=10)))  # would fit, but it came later
         plain = scheduler.accept(works_of(Job(text=4)))
@@ -354,14 +350,14 @@ def test_4_works_of_a_cancelled_request_never_start(cancelled: list[bool]) -> No
     async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
         engine.gate.clear()
         plug = asyncio.ensure_future(scheduler.submit(works_of(Job(text=9))))
-        await until(lambda: scheduler._open and scheduler._waiting_tokens == 0)
+        await until(lambda: scheduler._open and scheduler._waiting.tokens == 0)
         batches = [works_of(Job(text=1), Job(text=2, tokens=7)) for _ in cancelled]
         calls = [asyncio.ensure_future(scheduler.submit(works)) for works in batches]
         await asyncio.sleep(0)
         for call, drop in zip(calls, cancelled, strict=True):
             if drop:
                 call.cancel()
-        await until(lambda: scheduler._waiting_tokens == 11 * cancelled.count(False))
+        await until(lambda: scheduler._waiting.tokens == 11 * cancelled.count(False))
         engine.gate.set()
         await plug
         results = await asyncio.gather(*calls, return_exceptions=True)
@@ -401,7 +397,7 @@ def test_4_a_work_that_is_withdrawn_during_the_step_of_others_takes_none_after_i
         long = scheduler.accept(works_of(Job(text=1, steps=10**9)))
         await until(lambda: len(engine.batches) > 3)
         new = scheduler.accept(works_of(Job(text=2)))
-        await until(lambda: scheduler._waiting_tokens == 0)
+        await until(lambda: scheduler._waiting.tokens == 0)
         count = len(engine.batches)
         long.withdraw()
         held.set()
@@ -483,7 +479,7 @@ def test_6_a_late_request_gets_a_deadline_error_and_never_starts() -> None:
     async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
         engine.gate.clear()
         running = asyncio.ensure_future(scheduler.submit(works_of(Job(text=1))))
-        await until(lambda: scheduler._open and scheduler._waiting_tokens == 0)
+        await until(lambda: scheduler._open and scheduler._waiting.tokens == 0)
         waiting = works_of(Job(text=2))
         with pytest.raises(DeadlineError):
             await scheduler.submit(waiting)
@@ -508,7 +504,7 @@ def test_7_close_drains_and_then_refuses() -> None:
         with pytest.raises(CapacityError, match="closing"):
             await scheduler.submit(works_of(Job(text=1)))
         with pytest.raises(CapacityError, match="closing"):
-            await scheduler.prepare("fake", [], deadline=time.monotonic() + 1)
+            await scheduler.prepare({"fake": None}, [], deadline=time.monotonic() + 1)
 
     asyncio.run(main())
     assert not scheduler._thread.is_alive()
@@ -544,7 +540,7 @@ def test_8_the_same_arrivals_make_the_same_steps() -> None:
             tickets: list[Ticket] = []
             for at in range(30):
                 tickets.append(scheduler.accept(works_of(Job(text=at % 7, tokens=1 + at % 9, steps=1 + at % 3))))
-                await until(lambda: scheduler._waiting_tokens < sum(w.tokens for t in tickets for w in t.works))
+                await until(lambda: scheduler._waiting.tokens < sum(w.tokens for t in tickets for w in t.works))
             engine.gate.set()
             for ticket in tickets:
                 await ticket.result()
@@ -665,12 +661,12 @@ def test_10_a_reader_whose_loop_is_closed_does_not_stop_the_thread() -> None:
 def test_the_tokenizer_runs_off_the_event_loop() -> None:
     async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
         soon = time.monotonic() + 5
-        works = await scheduler.prepare("fake", [Job(text=1), Job(text=2)], deadline=soon)
+        works = (await scheduler.prepare({"fake": None}, [Job(text=1), Job(text=2)], deadline=soon))["fake"]
         assert await scheduler.submit(works) == [(1, 1), (2, 1)]
         assert all(name.startswith("mtserve-text") for name in engine.threads)
         with pytest.raises(InputError, match="too long"):
-            await scheduler.prepare("fake", [Job(text=1, tokens=101)], deadline=soon)
+            await scheduler.prepare({"fake": None}, [Job(text=1, tokens=101)], deadline=soon)
         with pytest.raises(DeadlineError):
-            await scheduler.prepare("fake", [Job(text=1)], deadline=time.monotonic() - 1)
+            await scheduler.prepare({"fake": None}, [Job(text=1)], deadline=time.monotonic() - 1)
 
     run(check, FakeEngine())

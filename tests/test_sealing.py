@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -281,6 +282,10 @@ def test_lying_safetensors_headers_are_refused(tmp_path: Path, header: bytes) ->
 def test_damaged_configs_are_refused(folder: Path, pattern: str, content: str) -> None:
     (path,) = folder.glob(pattern)
     path.write_text(content.ljust(path.stat().st_size))
+    with pytest.raises(CheckpointError, match=r"config.*\.json is not the file that was sealed"):
+        Checkpoint.open(folder)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit(folder, lambda raw: raw["files"][path.relative_to(folder).as_posix()].update(sha256=found))
     with pytest.raises(CheckpointError, match="is no model config"):
         load_model(Checkpoint.open(folder))
 

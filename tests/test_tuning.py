@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -364,7 +365,8 @@ def test_a_checkpoint_that_is_no_longer_its_golden_rows_is_not_tuned(tmp_path: P
     row["logits"][0][0] += 1
     path.write_text(json.dumps(row))
     raw = json.loads((made.folder / "mtserve.json").read_text())
-    raw["files"][str(made.task("topic").golden)]["size"] = path.stat().st_size
+    changed_file = {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    raw["files"][str(made.task("topic").golden)] = changed_file
     (made.folder / "mtserve.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match="golden rows are not reproduced in fp32"):
         tuning.tune(Checkpoint.open(made.folder))
@@ -377,7 +379,7 @@ def test_generation_is_compared_by_its_texts(tmp_path: Path, quick: Any) -> None
 
 def test_the_command(folder: Path) -> None:
     argv = [sys.executable, "-m", "mtserve", "tune", str(folder), "--threads", "1", "--max-flips", "1"]
-    done = subprocess.run([*argv, "--dry-run"], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([*argv, "--profile", "bf16", "--dry-run"], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1].split()[0] == "fp32"
     assert "24 calibration rows: the smallest share that they can show is 4.17%" in done.stdout

@@ -19,7 +19,8 @@ from transformers import BertConfig, BertModel
 
 from benchmarks.encoding.limit import operations
 from benchmarks.gpu_check.lines import Line, Sizes, best, checked, median
-from mtserve.backends.eager import EagerBackend, padded
+from mtserve.backends.eager import EagerBackend
+from mtserve.backends.staging import padded
 from mtserve.batching import Batch, padded_cost, plan
 from mtserve.model import Model
 from mtserve.rows import Row, make_row

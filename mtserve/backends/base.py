@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from mtserve.batching import Batch, Cost
@@ -13,8 +13,20 @@ Answers = dict[str, list[Floats]]
 answers for each; (answers, n_out) where it reads the last ones and answers for each."""
 
 
+@dataclass
+class Times:
+    """Seconds of one batch: of the trunk's passes, and of the heads. On a GPU what the host waits for the answers
+    counts as the trunk's."""
+
+    trunk_s: float = 0.0
+    head_s: float = 0.0
+
+
 class Pending(Protocol):
-    """Answers of a batch that was launched."""
+    """Answers of a batch that was launched. `times` are complete once they were taken."""
+
+    @property
+    def times(self) -> Times: ...
 
     def result(self) -> Answers:
         """Wait for them; to be called once, in the thread that launched. Raises what went wrong on the way."""
@@ -26,6 +38,7 @@ class Done:
     """Answers of a backend that computes when it launches."""
 
     answers: Answers
+    times: Times = field(default_factory=Times)
 
     def result(self) -> Answers:
         return self.answers

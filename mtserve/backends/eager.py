@@ -13,6 +13,7 @@ the positions that were asked for. Nothing on the way waits for the device where
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,14 +22,14 @@ from functools import cached_property, partial
 import numpy as np
 import torch
 
-from mtserve.backends.base import Answers
+from mtserve.backends.base import Answers, Times
 from mtserve.backends.flat import Rectangle
 from mtserve.backends.graphs import Graphs, graphs_of
 from mtserve.backends.launched import Launched, Logits
 from mtserve.backends.pasts import Pasts, reach
 from mtserve.backends.proof import Proof
 from mtserve.backends.serving import Served
-from mtserve.backends.staging import Lane, moved, sent, staged
+from mtserve.backends.staging import Lane, moved, padded, sent, staged
 from mtserve.batching import Batch, Cost, padded_cost, real_cost
 from mtserve.heads import FlatStates
 from mtserve.model import Model
@@ -169,21 +170,40 @@ class EagerBackend:
                 rows[at] = replace(rows[at], past=beginning.past.fork())
                 known[at] = len(beginning)
         logits: list[Logits] = []
+        times = Times()
         fresh = [at for at in range(len(rows)) if not known.get(at)]
         if fresh or beginnings:
             some = {at: rows[at] for at in fresh}
-            states = self._computed([*some.values(), *beginnings], [0] * (len(some) + len(beginnings)), pooled=pooled)
-            logits += self._answers(batch, some, states)
+            first = [0] * (len(some) + len(beginnings))
+            logits += self._passed(batch, some, [*some.values(), *beginnings], first, times, pooled=pooled)
         if going_on := [at for at in known if known[at]]:
             if groups:
                 self.pasts.admit([rows[at] for at in going_on])
             going_on.sort(key=lambda at: self.pasts.slot(rows[at]))
             some = {at: rows[at] for at in going_on}
-            states = self._computed([*some.values()], [known[at] for at in going_on])
-            logits += self._answers(batch, some, states)
+            logits += self._passed(batch, some, [*some.values()], [known[at] for at in going_on], times)
         tokens = sum(map(len, rows)) - sum(known.values()) + sum(map(len, beginnings))
         taken = partial(self._count, tokens)
-        return Launched(batch, kept, logits, self.lane, self.lane.mark(), taken, self._forget)
+        return Launched(batch, kept, logits, self.lane, self.lane.mark(), taken, self._forget, times)
+
+    def _passed(
+        self,
+        batch: Batch,
+        some: Mapping[int, Row],
+        rows: Sequence[Row],
+        known: Sequence[int],
+        times: Times,
+        *,
+        pooled: bool = False,
+    ) -> list[Logits]:
+        """A trunk pass over rows, of which the first are `some` of the batch's by index, and the heads on those."""
+        began = time.perf_counter()
+        states = self._computed(rows, known, pooled=pooled)
+        computed = time.perf_counter()
+        logits = list(self._answers(batch, some, states))
+        times.trunk_s += computed - began
+        times.head_s += time.perf_counter() - computed
+        return logits
 
     def _count(self, tokens: int) -> None:
         self.tokens += tokens
@@ -298,16 +318,3 @@ def _beginning(row: Row, length: int, past: Past | None) -> Row:
     return replace(
         make_row(row.ids[:length], row.type_ids[:length], row.offsets[:length], row.special[:length]), past=past
     )
-
-
-def padded(
-    rows: Sequence[Row], *, pad_id: int, known: Sequence[int] | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows without their first `known` tokens: ids, mask and type ids, each (rows, seq) int64, padded at the right."""
-    first = known or [0] * len(rows)
-    sizes = [len(row) - start for row, start in zip(rows, first, strict=True)]
-    shape = (len(rows), max(sizes))
-    ids, mask, type_ids = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    for at, (row, start, size) in enumerate(zip(rows, first, sizes, strict=True)):
-        ids[at, :size], mask[at, :size], type_ids[at, :size] = row.ids[start:], 1, row.type_ids[start:]
-    return torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(type_ids)

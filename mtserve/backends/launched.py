@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
-from mtserve.backends.base import Answers
+from mtserve.backends.base import Answers, Times
 from mtserve.backends.staging import Lane
 from mtserve.batching import Batch
 from mtserve.rows import Floats, Ints, Row
@@ -41,6 +42,7 @@ class Launched:
     wait     for all of that
     taken    called once it is there
     failed   called instead if waiting raises
+    times    of its passes so far; the waiting is added
     """
 
     batch: Batch
@@ -50,13 +52,16 @@ class Launched:
     wait: Callable[[], None]
     taken: Callable[[], None]
     failed: Callable[[], None]
+    times: Times
 
     def result(self) -> Answers:
+        began = time.perf_counter()
         try:
             self.wait()
         except Exception:
             self.failed()
             raise
+        self.times.trunk_s += time.perf_counter() - began
         found: dict[str, dict[int, Floats]] = {task: {} for task in self.batch.wanted}
         for some in self.logits:
             found[some.task].update(zip(some.rows, self._arrays(some), strict=True))

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mtserve.rows import Floats, Ints
+from mtserve.rows import Floats, Ints, Row
 
 Integers = npt.NDArray[np.signedinteger[Any]]
 
@@ -33,6 +33,19 @@ def staged(lines: Sequence[Sequence[Ints]], *, device: torch.device) -> Tensor:
     for line, arrays in zip(host.numpy(), lines, strict=True):
         np.concatenate(arrays, out=line)
     return host
+
+
+def padded(
+    rows: Sequence[Row], *, pad_id: int, known: Sequence[int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows without their first `known` tokens: ids, mask and type ids, each (rows, seq) int64, padded at the right."""
+    first = known or [0] * len(rows)
+    sizes = [len(row) - start for row, start in zip(rows, first, strict=True)]
+    shape = (len(rows), max(sizes))
+    ids, mask, type_ids = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    for at, (row, start, size) in enumerate(zip(rows, first, sizes, strict=True)):
+        ids[at, :size], mask[at, :size], type_ids[at, :size] = row.ids[start:], 1, row.type_ids[start:]
+    return torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(type_ids)
 
 
 def moved(array: Integers, device: torch.device) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mtserve.errors import InputError, Problem, TooLargeError
+from mtserve.serve.exchange import exchange
 from mtserve.serve.table import ServedTask, ServedTrunk, TaskTable
 from mtserve.tasks.work import Work
 from mtserve.ticket import Ticket
@@ -62,8 +63,8 @@ async def stream_task(
     if shape != "one":
         raise InputError(Problem("a stream takes one input, not a list", field="inputs"))
     deadline, scheduler = time.monotonic() + table.settings.timeout_s, served.trunk.scheduler
-    works = await scheduler.prepare(served.name, items, parameters, deadline=deadline, stream=True)
-    async with aclosing(scheduler.accept(works, deadline=deadline, stream=True).events()) as events:
+    works = await scheduler.prepare({served.name: parameters}, items, deadline=deadline, stream=True)
+    async with aclosing(scheduler.accept(works[served.name], deadline=deadline, stream=True).events()) as events:
         async for event in events:
             yield event
 
@@ -77,6 +78,7 @@ async def answer_tasks(
     items = inputs if isinstance(inputs, list) else [inputs]
     served = [table.task(name) for name in _names(tasks)]
     names = [task.name for task in served]
+    exchange().tasks = tuple(names)
     problems = [
         Problem(f"not among the tasks asked for: {', '.join(names)}", field=f"parameters.{name}")
         for name in parameters
@@ -109,11 +111,11 @@ async def _predict(
     if len(items) > limits.max_inputs:
         raise TooLargeError(f"{len(items)} inputs; at most {limits.max_inputs} are allowed")
     began = time.monotonic()
-    works = await _prepare(served, items, parameters, deadline=began + limits.timeout_s)
-    prepared = time.monotonic()
     order: dict[ServedTrunk, list[ServedTask]] = {}
     for task in served:
         order.setdefault(task.trunk, []).append(task)
+    works = await _prepare(order, items, parameters, deadline=began + limits.timeout_s)
+    prepared = time.monotonic()
     tickets: list[Ticket] = []
     outputs: dict[str, list[Any]] = {task.name: [] for task in served}
     try:
@@ -127,24 +129,30 @@ async def _predict(
     finally:
         for ticket in tickets:
             ticket.withdraw()
-    return outputs, _usage(works, tickets, began=began, prepared=prepared, inputs=len(items))
+    usage = _usage(works, tickets, began=began, prepared=prepared, inputs=len(items))
+    exchange().usage = usage.as_dict()
+    return outputs, usage
 
 
 async def _prepare(
-    served: Sequence[ServedTask], items: Sequence[Any], parameters: Mapping[str, Any], *, deadline: float
+    served: Mapping[ServedTrunk, Sequence[ServedTask]],
+    items: Sequence[Any],
+    parameters: Mapping[str, Any],
+    *,
+    deadline: float,
 ) -> dict[str, list[Work]]:
-    """Works of every task. Raises one InputError with the problems of all tasks."""
+    """Works of every task, those of a trunk at once. Raises one InputError with the problems of all tasks."""
     works: dict[str, list[Work]] = {}
     problems: list[Problem] = []
-    for task in served:
+    for trunk, tasks in served.items():
+        asked = {task.name: parameters.get(task.name) for task in tasks}
         try:
-            works[task.name] = await task.trunk.scheduler.prepare(
-                task.name, items, parameters.get(task.name), deadline=deadline
-            )
+            works |= await trunk.scheduler.prepare(asked, items, deadline=deadline)
         except InputError as error:
             if len(served) == 1:
                 raise
-            problems += [Problem(f"task {task.name!r}: {p.message}", p.index, p.field) for p in error.problems]
+            said = f"task {tasks[0].name!r}: " if len(tasks) == 1 else ""  # else each problem says its task
+            problems += [replace(problem, message=said + problem.message) for problem in error.problems]
     if problems:
         raise InputError(problems)
     return works

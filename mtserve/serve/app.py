@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial, wraps
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -17,11 +16,12 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Match, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from mtserve.errors import MethodError, MtserveError, UnknownRouteError
+from mtserve.errors import CapacityError, MethodError, NotFiniteError, RequestError, UnknownRouteError
 from mtserve.serve import replies
 from mtserve.serve.answering import answer_task, answer_tasks, stream_task
 from mtserve.serve.body import read_object
 from mtserve.serve.docs_page import PAGE
+from mtserve.serve.exchange import exchange
 from mtserve.serve.openapi import document
 from mtserve.serve.table import Root, TaskTable
 
@@ -48,18 +48,20 @@ def make_app(root: Root, *, assets: Path) -> Starlette:
         return PlainTextResponse("\n")
 
     async def ready(request: Request) -> Response:
-        root.ready_table()
+        root.table()
+        root.drain.refuse()
         return PlainTextResponse("\n")
 
     async def tasks(request: Request) -> Response:
         return JSONResponse(root.table().listing())
 
     async def one_task(request: Request) -> Response:
-        return await _answered(request, root.ready_table())
+        return await _answered(request, root.table())
 
     async def predict(request: Request) -> Response:
-        table = root.ready_table()
+        table = root.table()
         body = await read_object(request, table.settings, fields=PREDICT_FIELDS)
+        _note_inputs(table, body)
         asked = answer_tasks(
             table, inputs=body["inputs"], tasks=body.get("tasks"), parameters=body.get("parameters", {})
         )
@@ -67,15 +69,15 @@ def make_app(root: Root, *, assets: Path) -> Starlette:
         return replies.answer({"outputs": outputs, "usage": usage.as_dict()}, usage)
 
     routes: list[Route | Mount] = [
-        Route("/", _guarded(to_docs), methods=["GET"]),
-        Route("/docs", _guarded(docs), methods=["GET"]),
+        _route("GET", "/", to_docs),
+        _route("GET", "/docs", docs),
         Mount("/docs/assets", StaticFiles(directory=assets)),
-        Route("/openapi.json", _guarded(openapi), methods=["GET"]),
-        Route("/livez", _guarded(live), methods=["GET"]),
-        Route("/readyz", _guarded(ready), methods=["GET"]),
-        Route("/tasks", _guarded(tasks), methods=["GET"]),
-        Route("/tasks/{task}", _guarded(one_task), methods=["POST"]),
-        Route("/predict", _guarded(predict), methods=["POST"]),
+        _route("GET", "/openapi.json", openapi),
+        _route("GET", "/livez", live),
+        _route("GET", "/readyz", ready),
+        _route("GET", "/tasks", tasks),
+        _route("POST", "/tasks/{task}", one_task),
+        _route("POST", "/predict", predict),
     ]
 
     async def other(request: Request) -> Response:
@@ -92,11 +94,16 @@ def make_app(root: Root, *, assets: Path) -> Starlette:
     return Starlette(routes=[*routes, everything], exception_handlers={HTTPException: _asset_failure})
 
 
-def _guarded(endpoint: Endpoint) -> Endpoint:
+def _route(method: str, path: str, endpoint: Endpoint) -> Route:
+    return Route(path, _guarded(endpoint, path), methods=[method])
+
+
+def _guarded(endpoint: Endpoint, route: str = "") -> Endpoint:
     """The one place where exceptions become responses; a client sees the text of our own errors only."""
 
     @wraps(endpoint)
     async def inner(request: Request) -> Response:
+        exchange().route = route
         try:
             return await endpoint(request)
         except ClientDisconnect:
@@ -108,23 +115,30 @@ def _guarded(endpoint: Endpoint) -> Endpoint:
 
 
 def _failed(request: Request, error: Exception) -> Response:
-    if isinstance(error, MtserveError) and error.status != MtserveError.status:
+    if isinstance(error, (RequestError, CapacityError, NotFiniteError)):
         return replies.failure(error)
-    request_id = uuid.uuid4().hex[:16]
-    logger.error("request %s: %s %s failed", request_id, request.method, request.url.path, exc_info=error)
-    return replies.internal(request_id)
+    found = exchange().request_id, request.method, request.url.path
+    logger.error("request %s: %s %s failed", *found, exc_info=error)
+    return replies.internal()
 
 
 async def _answered(request: Request, table: TaskTable) -> Response:
     """The answer of one task, whole or as a stream."""
     served = table.task(request.path_params["task"])
+    exchange().tasks = (served.name,)
     body = await read_object(request, table.settings, fields=TASK_FIELDS)
+    _note_inputs(table, body)
     asked = (table, served, body["inputs"], body.get("parameters", {}))
     if not body.get("stream"):
         return replies.answer(*await _while_connected(request, answer_task(*asked)))
     events = stream_task(*asked)
     first = await _while_connected(request, anext(events))  # until then, an error is an ordinary response
     return replies.EventStream(first, events, failed=partial(_failed, request))
+
+
+def _note_inputs(table: TaskTable, body: Mapping[str, Any]) -> None:
+    if table.settings.log_texts:
+        exchange().inputs = body["inputs"]
 
 
 async def _while_connected(request: Request, answer: Awaitable[T]) -> T:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mtserve.errors import ConfigError, MissingExtraError, SetupError
-from mtserve.serve.loading import open_checkpoints, split_prefix
+from mtserve.serve.loading import check_settings, split_prefix
 from mtserve.settings import read_settings
 
 SERVICE = "mtserve.serve.service:service"
@@ -27,7 +27,7 @@ def command(locations: Sequence[str], *, host: str = "127.0.0.1", port: int = 30
     if find_spec("bentoml") is None:
         raise MissingExtraError("serving", "serve")
     wanted = list(locations or read_settings().model)
-    open_checkpoints(wanted)
+    check_settings(read_settings().model_copy(update={"model": tuple(wanted)}))
     address = _address(host)
     check_free(address, port)
     argv = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", address, "--port", str(port)]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mtserve.checkpoint import Checkpoint
 from mtserve.engine import Engine
-from mtserve.errors import CheckpointError, ConfigError, InputError
+from mtserve.errors import CheckpointError, ConfigError
 from mtserve.golden import GoldenReport, check_golden
 from mtserve.loading import InForce, in_force, load_checkpoint
-from mtserve.manifest import Speed, TaskEntry, check_task_name
+from mtserve.manifest import Speed, check_task_name
+from mtserve.observer import Observer
 from mtserve.resolve import resolve
 from mtserve.scheduler import Scheduler
+from mtserve.serve.keys import Keys
 from mtserve.serve.share import Share
 from mtserve.serve.table import ServedTask, ServedTrunk, TaskTable, clash
 from mtserve.settings import Settings
@@ -71,13 +73,34 @@ def _prefixed(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
     return replace(checkpoint, manifest=manifest.model_copy(update={"tasks": tasks}))
 
 
-def load_table(settings: Settings, *, workers: int = 1) -> TaskTable:
-    """Load every checkpoint of the settings, those of one trunk as one model, in this process: one of so many `workers`
-    that share the machine, each with a model of its own.
+def check_settings(settings: Settings) -> list[Checkpoint]:
+    """Open what is to be served and see that the settings go with it, without reading weights.
 
-    Raises what `open_checkpoints` and `load_checkpoint` raise.
+    Raises what `open_checkpoints` raises; ConfigError for keys that cannot be read, weights of no task, and limits that
+    are below the longest row of a task.
     """
     checkpoints = open_checkpoints(settings.model)
+    Keys.of(settings)
+    tasks = {task.name: task.parsed_options.max_length for each in checkpoints for task in each.manifest.tasks}
+    if unknown := sorted(set(settings.weights) - set(tasks)):
+        raise ConfigError(f"MTSERVE_WEIGHTS: no task {unknown[0]!r}; tasks: {', '.join(tasks)}")
+    for limit in ("max_batch_tokens", "max_queue_tokens"):
+        for name, longest in tasks.items():
+            if longest > (allowed := getattr(settings, limit)):
+                found = f"rows of task {name!r} may have {longest} tokens"
+                raise ConfigError(f"MTSERVE_{limit.upper()}: {allowed} is too little, as {found}")
+    return checkpoints
+
+
+def load_table(
+    settings: Settings, *, workers: int = 1, observer: Callable[[str], Observer] = lambda trunk: Observer()
+) -> TaskTable:
+    """Load every checkpoint of the settings, those of one trunk as one model, in this process: one of so many `workers`
+    that share the machine, each with a model of its own. `observer` is made for a trunk, by its fingerprint's start.
+
+    Raises what `check_settings` and `load_checkpoint` raise; CheckpointError for golden rows that are not reproduced.
+    """
+    checkpoints = check_settings(settings)
     of_trunk: dict[tuple[str, str], list[Checkpoint]] = {}
     for checkpoint in checkpoints:
         manifest = checkpoint.manifest  # the fingerprint does not cover the config
@@ -87,12 +110,15 @@ def load_table(settings: Settings, *, workers: int = 1) -> TaskTable:
     share = Share.of(settings, workers=workers)
     loaded = [_load(together, settings) for together in of_trunk.values()]
     share.settle([speed for each in loaded for speed in each.speeds(share.cores)])
-    served = {task.name: task for each in loaded for task in _serve(each, settings, share)}
+    golden = {name: report for each in loaded for name, report in _golden(each)}
+    served = {
+        task.name: task
+        for each in loaded
+        for task in _serve(each, settings, share, golden, observer(each.fingerprint[:12]))
+    }
     table = TaskTable.of((served[entry.name] for each in checkpoints for entry in each.manifest.tasks), settings)
     for task in table.tasks.values():
-        if task.problem is not None:
-            logger.error("not ready: %s", task.problem)
-        elif task.golden is None:
+        if task.golden is None:
             logger.warning("task %r has no golden rows, so nothing shows that it answers as when sealed", task.name)
     return table
 
@@ -104,6 +130,10 @@ class _Loaded:
     checkpoints: Sequence[Checkpoint]
     engine: Engine
     in_force: InForce
+
+    @property
+    def fingerprint(self) -> str:
+        return self.checkpoints[0].manifest.trunk.fingerprint
 
     def speeds(self, cores: int) -> list[Speed]:
         """What tuning found for the profile in force on hardware like this with so many cores."""
@@ -124,11 +154,35 @@ def _load(checkpoints: Sequence[Checkpoint], settings: Settings) -> _Loaded:
     return _Loaded(checkpoints, engine, in_force(engine, checkpoints[0].manifest.trunk.fingerprint))
 
 
-def _serve(loaded: _Loaded, settings: Settings, share: Share) -> list[ServedTask]:
+def _golden(loaded: _Loaded) -> Iterator[tuple[str, GoldenReport]]:
+    """Reports of the tasks that have golden rows, under the profile in force. Raises CheckpointError for the first one
+    that does not reproduce them."""
+    engine, name = loaded.engine, loaded.in_force.profile
+    for checkpoint in loaded.checkpoints:
+        tolerance = checkpoint.manifest.tolerance(name)
+        for task in checkpoint.manifest.tasks:
+            if rows := checkpoint.golden(task.name):
+                report = check_golden(engine, task.name, rows, tolerance=tolerance)
+                if not report.reproduced:
+                    found = f"differ by {report.difference:.2g}; profile {name} allows {tolerance:.2g}"
+                    raise CheckpointError(f"task {task.name!r}: the logits of the golden rows {found}")
+                yield task.name, report
+
+
+def _serve(
+    loaded: _Loaded, settings: Settings, share: Share, golden: Mapping[str, GoldenReport], observer: Observer
+) -> list[ServedTask]:
     """The tasks of checkpoints with the same trunk, by one engine and one queue."""
     engine, entry = loaded.engine, loaded.checkpoints[0].manifest.trunk
-    checked = [(task, *_golden(each, engine, task)) for each in loaded.checkpoints for task in each.manifest.tasks]
-    scheduler = Scheduler(engine, max_queue_tokens=settings.max_queue_tokens, timeout_s=settings.timeout_s)
+    engine.observer = observer
+    scheduler = Scheduler(
+        engine,
+        max_queue_tokens=settings.max_queue_tokens,
+        timeout_s=settings.timeout_s,
+        max_wait_ms=settings.max_wait_ms,
+        weights=settings.weights,
+        observer=observer,
+    )
     trunk = ServedTrunk(entry, engine, scheduler, loaded.in_force, share.threads)
     logger.info(
         "trunk %s (%s): profile %s on %s, %s, %d threads",
@@ -140,23 +194,7 @@ def _serve(loaded: _Loaded, settings: Settings, share: Share) -> list[ServedTask
         share.threads,
     )
     return [
-        ServedTask(engine.task(task.name), task, trunk, golden=report, problem=problem)
-        for task, report, problem in checked
+        ServedTask(engine.task(task.name), task, trunk, golden=golden.get(task.name))
+        for each in loaded.checkpoints
+        for task in each.manifest.tasks
     ]
-
-
-def _golden(checkpoint: Checkpoint, engine: Engine, entry: TaskEntry) -> tuple[GoldenReport | None, str | None]:
-    """(report, problem) of a task's golden rows under the profile in force; (None, None) where there are none."""
-    rows = checkpoint.golden(entry.name)
-    if not rows:
-        return None, None
-    name = engine.backend.profile
-    try:
-        tolerance = checkpoint.manifest.tolerance(name)
-        report = check_golden(engine, entry.name, rows, tolerance=tolerance)
-    except (CheckpointError, InputError) as error:  # InputError: over the limits of this server
-        return None, f"task {entry.name!r}: {str(error).removeprefix(f'task {entry.name!r}: ')}"
-    if report.reproduced:
-        return report, None
-    found = f"differ by {report.difference:.2g}; profile {name} allows {tolerance:.2g}"
-    return report, f"task {entry.name!r}: the logits of the golden rows {found}"

@@ -11,6 +11,7 @@ from mtserve.errors import MtserveError
 from mtserve.serve.schemas import STREAM, Schema, add_task, error_body, reference
 from mtserve.serve.table import ServedTask, TaskTable
 
+ID_HEADER = {"X-Request-Id": {"description": "The request's own, or a new one.", "schema": {"type": "string"}}}
 HEADERS = {
     "X-Inputs": ("integer", "Inputs that were asked about."),
     "X-Tokens": ("integer", "Tokens of all rows that were asked for."),
@@ -39,8 +40,16 @@ def document(table: TaskTable) -> Schema:
         "openapi": "3.1.0",
         "info": {"title": "mtserve", "version": mtserve.__version__, "summary": "One encoder, every task."},
         "paths": paths,
-        "components": {"schemas": schemas, "responses": dict(_error_responses())},
+        "components": {"schemas": schemas, "responses": dict(_error_responses()), **_security_schemes(table)},
+        **({"security": [{"bearer": []}, {"header": []}]} if table.keys else {}),
     }
+
+
+def _security_schemes(table: TaskTable) -> Schema:
+    if not table.keys:
+        return {}
+    bearer, header = {"type": "http", "scheme": "bearer"}, {"type": "apiKey", "in": "header", "name": "X-API-Key"}
+    return {"securitySchemes": {"bearer": bearer, "header": header}}
 
 
 def _task_operation(served: ServedTask) -> Schema:
@@ -108,9 +117,10 @@ def _json_body(component: str, example: Schema) -> Schema:
 
 def _responses(component: str, *, streams: bool = False) -> Schema:
     headers = {name: {"description": text, "schema": {"type": kind}} for name, (kind, text) in HEADERS.items()}
+    headers |= ID_HEADER
     content: Schema = {"application/json": {"schema": reference(component)}}
     if streams:
-        content["text/event-stream"] = {"schema": {"type": "string", "description": STREAM}}
+        content["text/event-stream"] = {"schema": {"description": STREAM}}
     answered = {"description": "The answer", "headers": headers, "content": content}
     return {"200": answered, **{s: {"$ref": f"#/components/responses/{s}"} for s, _ in _error_responses()}}
 
@@ -126,4 +136,4 @@ def _error_responses() -> Iterator[tuple[str, Schema]]:
     for status in sorted({c.status for c in classes}):
         codes = sorted({c.code for c in classes if c.status == status and not issubclass(c, errors.SetupError)})
         content = {"application/json": {"schema": reference("Error")}}
-        yield str(status), {"description": f"Error: {', '.join(codes)}", "content": content}
+        yield str(status), {"description": f"Error: {', '.join(codes)}", "headers": ID_HEADER, "content": content}

@@ -10,10 +10,10 @@ from typing import Any
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from mtserve.errors import MtserveError, OverloadedError
+from mtserve.errors import MtserveError, OverloadedError, UnauthorizedError
 from mtserve.serve.answering import Usage
+from mtserve.serve.exchange import exchange
 
-RETRY_AFTER_S = 1
 _MESSAGE_CHARS = 400
 
 
@@ -58,19 +58,20 @@ def _data(line: bytes) -> bytes:
 def failure(error: MtserveError, *, headers: dict[str, str] | None = None) -> JSONResponse:
     """An error's body, `{"error": {"code", "message", …}}`, under its status."""
     message = str(error)
-    content = {"error": {"code": error.code, "message": message, **error.details()}}
+    now = exchange()
+    now.code = error.code
+    content = {"error": {"code": error.code, "message": message, **error.details(), "request_id": now.request_id}}
     extra = {"X-Error-Message": header_safe(message), **(headers or {})}
+    if isinstance(error, UnauthorizedError):
+        extra["WWW-Authenticate"] = "Bearer"
     if isinstance(error, OverloadedError):
-        extra["Retry-After"] = str(RETRY_AFTER_S)
+        extra["Retry-After"] = str(error.retry_after_s)
     return JSONResponse(content, status_code=error.status, headers=extra)
 
 
-def internal(request_id: str) -> JSONResponse:
+def internal() -> JSONResponse:
     """The answer to anything unexpected: tells a client nothing but what to ask the operator about."""
-    message = f"internal error; the server's log has the reason under request {request_id}"
-    content = {"error": {"code": MtserveError.code, "message": message, "request_id": request_id}}
-    headers = {"X-Error-Message": message, "X-Request-Id": request_id}
-    return JSONResponse(content, status_code=MtserveError.status, headers=headers)
+    return failure(MtserveError(f"internal error; the server's log has the reason under {exchange().request_id}"))
 
 
 def header_safe(text: str) -> str:

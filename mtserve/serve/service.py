@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from functools import cache
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from bentoml._internal.resource import system_resources
 from starlette.exceptions import HTTPException
 
 from mtserve.errors import CapacityError, ConfigError, MtserveError, SetupError
-from mtserve.serve import replies
+from mtserve.serve import front, replies
 from mtserve.serve.answering import answer_tasks
 from mtserve.serve.app import PREDICT_FIELDS, make_app
 from mtserve.serve.body import check_object
-from mtserve.serve.loading import load_table, open_checkpoints
+from mtserve.serve.loading import check_settings, load_table
+from mtserve.serve.metrics import metrics
 from mtserve.serve.supervision import give_up, refuse, supervise
-from mtserve.serve.table import Root, TaskTable
+from mtserve.serve.table import Root
 from mtserve.settings import Settings, read_settings
 
 MARGIN_S = 30.0
@@ -47,27 +48,15 @@ def _speak() -> None:
         ours.handlers = [*theirs.handlers]
         ours.propagate = False
         ours.setLevel(theirs.level)
+    if not front.access.handlers:  # its lines are JSON, with nothing before them
+        front.access.addHandler(logging.StreamHandler(sys.stdout))
+        front.access.propagate = False
 
 
 def _workers(service: str) -> int:
     """How many workers of a service share this machine, whoever set their number."""
     found = BentoMLContainer.config.services.get().get(service, {}).get("workers") or 1
     return int(system_resources()["cpu"]) or 1 if found == "cpu_count" else int(found)
-
-
-@cache
-def _gauge() -> Any:
-    """Made when the first table is loaded: BentoML says where workers keep their metrics only after the import."""
-    from prometheus_client import Gauge
-
-    labels, said = ["trunk", "family", "profile"], "1 where a trunk's rows lie end to end, 0 where they are padded."
-    return Gauge("mtserve_trunk_padding_free", said, labels, multiprocess_mode="livemin")
-
-
-def _publish(table: TaskTable) -> None:
-    for trunk in table.trunks:
-        labels = trunk.entry.fingerprint[:12], trunk.entry.family, trunk.in_force.profile
-        _gauge().labels(*labels).set(trunk.in_force.padding_free)
 
 
 def make_service() -> Any:
@@ -80,19 +69,22 @@ def make_service() -> Any:
         def __init__(self) -> None:
             _speak()
             try:
-                table = load_table(read_settings(), workers=_workers(made.name))
+                settings = read_settings()
+                table = load_table(settings, workers=_workers(made.name), observer=metrics().observer)
             except SetupError as error:
                 give_up(error)
                 raise
+            front.access.setLevel(logging.INFO if settings.access_log else logging.WARNING)
+            metrics().publish(table)
             root.swap(table)
-            _publish(table)
+            root.drain.hold_back_sigterm(settings.grace_s)
 
         @bentoml.on_deployment  # type: ignore[untyped-decorator]
         @staticmethod
         def check() -> None:
             """Before any worker starts: end with one sentence if it could not serve."""
             try:
-                open_checkpoints(read_settings().model)
+                check_settings(read_settings())
             except SetupError as error:
                 refuse(error)
             supervise()
@@ -105,7 +97,8 @@ def make_service() -> Any:
 
         async def __is_ready__(self) -> bool:
             try:
-                root.ready_table()
+                root.table()
+                root.drain.refuse()
             except CapacityError as error:
                 raise HTTPException(status_code=error.status, detail=str(error)) from error
             return True
@@ -115,7 +108,7 @@ def make_service() -> Any:
             """As POST /predict, for BentoML's clients."""
             given = {"inputs": inputs, "tasks": tasks, "parameters": {} if parameters is None else parameters}
             try:
-                table = root.ready_table()
+                table = root.table()
                 check_object(given, table.settings, fields=PREDICT_FIELDS)
                 outputs, usage = await answer_tasks(table, inputs=inputs, tasks=tasks, parameters=given["parameters"])
             except MtserveError as error:
@@ -127,8 +120,11 @@ def make_service() -> Any:
             """As GET /tasks, for BentoML's clients."""
             return root.table().listing()
 
-    made = bentoml.service(name="mtserve", workers=1, traffic={"timeout": _timeout_s()})(Mtserve)
+    made = bentoml.service(
+        name="mtserve", workers=1, traffic={"timeout": _timeout_s()}, logging={"access": {"enabled": False}}
+    )(Mtserve)
     assets = Path(bentoml_server.__file__).parent / "static_content"
+    made.add_asgi_middleware(front.Front, root=root, ended=lambda *of, **how: metrics().ended(*of, **how))
     made.mount_asgi_app(make_app(root, assets=assets), path="/")
     return made
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +13,8 @@ from mtserve.golden import GoldenReport
 from mtserve.loading import InForce
 from mtserve.manifest import TaskEntry, TrunkEntry
 from mtserve.scheduler import Scheduler
+from mtserve.serve.draining import Drain
+from mtserve.serve.keys import Keys
 from mtserve.settings import Settings
 
 
@@ -29,13 +31,12 @@ class ServedTrunk:
 
 @dataclass(frozen=True, eq=False)
 class ServedTask:
-    """A task on its trunk; `golden` is None without golden rows, `problem` says why the task may not answer."""
+    """A task on its trunk; `golden` is None without golden rows."""
 
     task: Task
     entry: TaskEntry
     trunk: ServedTrunk
     golden: GoldenReport | None = None
-    problem: str | None = None
 
     @property
     def name(self) -> str:
@@ -76,8 +77,6 @@ class ServedTask:
         }
 
     def _golden_facts(self) -> dict[str, Any]:
-        if self.problem is not None:
-            return {"checked": True, "reproduced": False, "reason": self.problem}
         if self.golden is None:
             return {"checked": False, "reason": "the checkpoint has no golden rows for this task"}
         facts = {"rows": self.golden.rows, "difference": self.golden.difference, "tolerance": self.golden.tolerance}
@@ -86,20 +85,21 @@ class ServedTask:
 
 @dataclass(frozen=True, eq=False)
 class TaskTable:
-    """Task names to served tasks, in the order of the checkpoints, with the limits in force."""
+    """Task names to served tasks, in the order of the checkpoints, with the limits and keys in force."""
 
     tasks: Mapping[str, ServedTask]
     settings: Settings
+    keys: Keys = field(default_factory=Keys)
 
     @classmethod
     def of(cls, tasks: Iterable[ServedTask], settings: Settings) -> TaskTable:
-        """Raises SetupError if two tasks have one name."""
+        """Raises SetupError if two tasks have one name, ConfigError for keys that cannot be read."""
         named: dict[str, ServedTask] = {}
         for task in tasks:
             if task.name in named:
                 raise clash(task.name, named[task.name].trunk.entry.source, task.trunk.entry.source)
             named[task.name] = task
-        return cls(MappingProxyType(named), settings)
+        return cls(MappingProxyType(named), settings, Keys.of(settings))
 
     def task(self, name: str) -> ServedTask:
         """Raises UnknownTaskError."""
@@ -111,19 +111,9 @@ class TaskTable:
     def trunks(self) -> list[ServedTrunk]:
         return list(dict.fromkeys(task.trunk for task in self.tasks.values()))
 
-    @property
-    def problem(self) -> str | None:
-        """Why the server is not ready; None when it is."""
-        return "; ".join(task.problem for task in self.tasks.values() if task.problem is not None) or None
-
     def listing(self) -> dict[str, Any]:
         """The answer of `GET /tasks`."""
-        reason = {} if self.problem is None else {"reason": self.problem}
-        return {
-            "ready": self.problem is None,
-            **reason,
-            "tasks": [task.listing() for task in self.tasks.values()],
-        }
+        return {"tasks": [task.listing() for task in self.tasks.values()]}
 
     def close(self) -> None:
         """Drain and end every trunk's scheduler."""
@@ -132,10 +122,11 @@ class TaskTable:
 
 
 class Root:
-    """Where requests find the table that is in force."""
+    """Where requests find the table that is in force. `drain` counts them, and knows whether more are taken."""
 
     def __init__(self, table: TaskTable | None = None) -> None:
         self._table = table
+        self.drain = Drain()
 
     def swap(self, table: TaskTable | None) -> TaskTable | None:
         """Put another table in force (None: nothing is served); returns the one that was, which the caller closes."""
@@ -143,17 +134,10 @@ class Root:
         return before
 
     def table(self) -> TaskTable:
-        """The table, ready or not. Raises CapacityError if nothing is loaded."""
+        """The table. Raises CapacityError if nothing is loaded."""
         if self._table is None:
             raise CapacityError("the model is not loaded")
         return self._table
-
-    def ready_table(self) -> TaskTable:
-        """The table, if its tasks may answer. Raises CapacityError with the reason if not."""
-        table = self.table()
-        if table.problem is not None:
-            raise CapacityError(f"not ready: {table.problem}")
-        return table
 
 
 def clash(name: str, first: str, second: str) -> SetupError:

@@ -14,6 +14,7 @@ from mtserve.checkpoint import Checkpoint
 from mtserve.golden import golden_rows
 from mtserve.sealing import seal
 from mtserve.serve.app import make_app
+from mtserve.serve.front import Front
 from mtserve.serve.loading import load_table
 from mtserve.serve.table import Root, TaskTable
 from mtserve.settings import Settings
@@ -86,5 +87,6 @@ def table(limits: Settings) -> Iterator[TaskTable]:
 
 @pytest.fixture(scope="session")
 def client(table: TaskTable, assets: Path) -> Iterator[TestClient]:
-    with TestClient(make_app(Root(table), assets=assets), follow_redirects=False) as made:
+    root = Root(table)
+    with TestClient(Front(make_app(root, assets=assets), root=root), follow_redirects=False) as made:
         yield made

@@ -117,7 +117,7 @@ def test_predict_fits_its_schema(spec: dict[str, Any], client: TestClient) -> No
 
 def test_errors_fit_their_schema(spec: dict[str, Any], client: TestClient) -> None:
     responses = spec["components"]["responses"]
-    assert set(responses) == {"400", "404", "405", "413", "422", "429", "500", "503", "504"}
+    assert set(responses) == {"400", "401", "404", "405", "413", "422", "429", "500", "503", "504"}
     for method, path, body in [
         ("post", "/tasks/topic", {"inputs": [1]}),
         ("post", "/tasks/no", {}),

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from starlette.testclient import TestClient
 from mtserve.backends.hardware import usable_cores
 from mtserve.errors import CapacityError, CheckpointError, ConfigError, SetupError
 from mtserve.serve.app import make_app
-from mtserve.serve.loading import load_table, open_checkpoints
+from mtserve.serve.loading import check_settings, load_table, open_checkpoints
 from mtserve.serve.table import Root, ServedTask, TaskTable
 from mtserve.settings import Settings
 from tests.serve.conftest import sealed
@@ -127,7 +128,6 @@ def test_predict_spans_trunks_and_passes_parameters(client: TestClient) -> None:
 
 def test_the_listing_names_every_task(client: TestClient) -> None:
     listing = client.get("/tasks").json()
-    assert listing["ready"] is True
     assert [task["name"] for task in listing["tasks"]] == [*OPTIONS, *GENERATION]
     for task in listing["tasks"]:
         ok(client, task["url"], task["example"])
@@ -266,12 +266,12 @@ def failing(table: TaskTable, monkeypatch: pytest.MonkeyPatch, error: Exception)
 def test_429_says_when_to_come_back(client: TestClient, table: TaskTable) -> None:
     scheduler = table.task("topic").trunk.scheduler
     with scheduler._changed:  # as if that many tokens waited for a busy engine
-        scheduler._waiting_tokens += 600
+        scheduler._waiting.tokens += 600
     try:
         response = client.post("/tasks/topic", json={"inputs": "x"})
     finally:
         with scheduler._changed:
-            scheduler._waiting_tokens -= 600
+            scheduler._waiting.tokens -= 600
     error(response, 429, "overloaded")
     assert response.headers["retry-after"] == "1"
 
@@ -300,7 +300,7 @@ def test_a_client_that_goes_away_cancels_its_request(
     before = trunk.engine.counters.trunk_passes
     asyncio.run(make_app(Root(table), assets=assets)(scope, receive, send))
     assert sent[0]["status"] == 499
-    assert not any(trunk.scheduler._waiting)
+    assert not trunk.scheduler._waiting
     held.set()
     last = trunk.engine.prepare_all("forth", ["bad"], {"max_new_tokens": 1})
     asyncio.run(trunk.scheduler.submit(last))  # one pass; what was cancelled had at most the one that it was in
@@ -312,15 +312,6 @@ def test_503_before_the_model_is_loaded(assets: Path) -> None:
     for method, path in [("POST", "/tasks/topic"), ("POST", "/predict"), ("GET", "/readyz"), ("GET", "/openapi.json")]:
         assert "not loaded" in error(client.request(method, path, json={}), 503, "unavailable")["message"]
     assert client.get("/livez").status_code == 200
-
-
-def test_503_when_golden_rows_are_not_reproduced(table: TaskTable, assets: Path) -> None:
-    client = other(table, assets, problem="task 'topic': the logits differ")
-    for method, path in [("POST", "/tasks/topic"), ("POST", "/predict"), ("GET", "/readyz")]:
-        assert "the logits differ" in error(client.request(method, path, json={}), 503, "unavailable")["message"]
-    listing = client.get("/tasks").json()
-    assert listing["ready"] is False
-    assert "the logits differ" in listing["tasks"][0]["golden"]["reason"]
 
 
 def test_503_when_closing(client: TestClient, table: TaskTable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,21 +349,66 @@ def test_a_table_without_golden_rows_is_ready_and_says_so(tmp_path: Path) -> Non
     sealed(tmp_path / "c", "bert", only=("topic",), golden=False)
     table = load_table(Settings(model=(str(tmp_path / "c"),)))
     try:
-        assert table.problem is None
         assert table.listing()["tasks"][0]["golden"]["checked"] is False
     finally:
         table.close()
 
 
-def test_a_table_that_answers_otherwise_is_not_ready(tmp_path: Path) -> None:
+def test_a_checkpoint_that_answers_otherwise_is_not_served(tmp_path: Path) -> None:
     sealed(tmp_path / "c", "bert", only=("topic", "choice"), wrong="topic")
-    table = load_table(Settings(model=(str(tmp_path / "c"),)))
-    try:
-        assert table.problem is not None
-        assert "'topic'" in table.problem
-        assert "'choice'" not in table.problem
-    finally:
-        table.close()
+    with pytest.raises(CheckpointError, match=r"task 'topic': the logits of the golden rows differ by .* fp32 allows"):
+        load_table(Settings(model=(str(tmp_path / "c"),)))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"max_batch_tokens": 20}, r"MTSERVE_MAX_BATCH_TOKENS: 20 is too little, as rows of task '\w+' may have \d+"),
+        ({"max_queue_tokens": 20}, "MTSERVE_MAX_QUEUE_TOKENS: 20 is too little"),
+        ({"weights": {"nothing": 2.0}}, "MTSERVE_WEIGHTS: no task 'nothing'; tasks: "),
+        ({"api_keys": ("short",)}, "MTSERVE_API_KEYS: key 1 has 5 characters; at least 16 are needed"),
+    ],
+)
+def test_settings_that_do_not_go_with_the_tasks(checkpoints: tuple[str, str], given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_settings(Settings(model=checkpoints, **given))
+
+
+def damaged(folder: Path, change: Callable[[dict[str, Any]], None]) -> Settings:
+    """A checkpoint whose manifest was changed."""
+    sealed(folder, "bert", only=("topic", "choice"))
+    manifest = json.loads((folder / "mtserve.json").read_text())
+    change(manifest)
+    (folder / "mtserve.json").write_text(json.dumps(manifest))
+    return Settings(model=(str(folder),))
+
+
+def test_what_does_not_belong_together_is_not_served(tmp_path: Path) -> None:
+    """Another tokenizer, trunk, number of labels or pad token than the heads were trained with."""
+
+    def labels(manifest: dict[str, Any]) -> None:
+        manifest["tasks"][0]["options"]["labels"] = ["good", "bad"]
+
+    def pad(manifest: dict[str, Any]) -> None:
+        manifest["text"]["pad_id"] = 10**6
+
+    with pytest.raises(CheckpointError, match="task 'topic'"):
+        load_table(damaged(tmp_path / "labels", labels))
+    with pytest.raises(CheckpointError, match="pad"):
+        load_table(damaged(tmp_path / "pad", pad))
+    settings = damaged(tmp_path / "tokenizer", lambda manifest: None)
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    path.write_bytes(path.read_bytes().replace(b'"good"', b'"doog"'))  # the same size
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not the file that was sealed"):
+        load_table(settings)
+    trunk = damaged(tmp_path / "trunk", lambda manifest: None)
+    sealed(tmp_path / "other", "bert", only=("topic",))
+    weights = next((tmp_path / "trunk" / "trunk").glob("*.safetensors"))
+    raw = bytearray(weights.read_bytes())
+    raw[-400:] = bytes(400)  # a tensor's end
+    weights.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"golden rows differ|fingerprint"):
+        load_table(trunk)
 
 
 def test_checkpoints_that_cannot_be_served(tmp_path: Path, checkpoints: tuple[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -10,7 +11,9 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +34,34 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def server(checkpoints: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server in a process of its own."""
+@contextmanager
+def started(
+    locations: Sequence[str], home: Path, **settings: str
+) -> Iterator[tuple[str, subprocess.Popen[bytes], Path]]:
+    """(address, process, log) of a server in a process of its own, which must end with 0 when it is told to."""
     port = free_port()
-    argv, env = command(checkpoints, port=port)
+    argv, env = command(locations, port=port)
     url = f"http://127.0.0.1:{port}"
-    home = tmp_path_factory.mktemp("server")
-    env |= {"BENTOML_HOME": str(home / "bentoml"), "PYTHONPATH": str(ROOT)}
+    env |= {"BENTOML_HOME": str(home / "bentoml"), "PYTHONPATH": str(ROOT), **settings}
     with (home / "log").open("wb") as log:
         process = subprocess.Popen(argv, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         try:
             wait_until_ready(url, process, home / "log")
-            yield url
+            yield url, process, home / "log"
         finally:
             process.send_signal(signal.SIGTERM)
             try:
                 assert process.wait(60) == 0
             finally:
                 process.kill()
-    said = (home / "log").read_text()
+
+
+@pytest.fixture(scope="module")
+def server(checkpoints: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server."""
+    with started(checkpoints, tmp_path_factory.mktemp("server")) as (url, _, log):
+        yield url
+    said = log.read_text()
     assert "Traceback" not in said
     assert re.search(r"trunk [0-9a-f]{12} \(bert\): profile fp32 on cpu.*, no padding, \d+ threads", said), said
 
@@ -121,6 +132,39 @@ def test_the_server_has_our_pages_and_errors(server: str) -> None:
     assert httpx.get(server + "/static_content/index.css").status_code == 404
 
 
+def test_a_server_with_keys_counts_logs_and_ends_without_loss(checkpoints: tuple[str, str], tmp_path: Path) -> None:
+    """All of its routes, BentoML's too; then SIGTERM while a request waits for a fuller batch."""
+    key = "a-key-of-the-tests"
+    given = {"MTSERVE_API_KEYS": key, "MTSERVE_MAX_WAIT_MS": "3000", "MTSERVE_CAPTURE": "false"}
+    with started(checkpoints[:1], tmp_path, **given) as (url, process, log):
+        routes = [("GET", path) for path in ("/", "/docs", "/docs.json", "/schema.json", "/metrics", "/tasks", "/x")]
+        routes += [("GET", "/static_content/index.css"), ("POST", "/native/predict"), ("POST", "/native/tasks")]
+        for method, path in routes:
+            assert httpx.request(method, url + path).status_code == 401, path
+        assert [httpx.get(url + path).status_code for path in ("/livez", "/readyz", "/healthz")] == [200, 200, 200]
+        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=30) as client:
+            assert client.post("/native/tasks", json={}).json()["tasks"]
+            asked = {"inputs": TEXT, "tasks": ["topic", "names"]}
+            with ThreadPoolExecutor() as pool:
+                answer = pool.submit(client.post, "/predict", json=asked)
+                time.sleep(1)
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.5)
+                refused = httpx.post(url + "/predict", json=asked, headers={"X-API-Key": key})
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+                assert httpx.get(url + "/readyz").status_code == 503
+                metrics = client.get("/metrics").text
+                assert answer.result().status_code == 200
+        assert process.wait(20) == 0
+    assert 'mtserve_requests_total{route="",status="503",task=""} 1.0' in metrics
+    waiting = re.search(r'mtserve_queue_rows{trunk="[0-9a-f]{12}"} (\d)', metrics)
+    assert waiting is not None
+    assert waiting[1] == "2"
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith('{"time"')]
+    assert [line["status"] for line in lines if line["path"] == "/predict"] == [503, 200]
+    assert key not in log.read_text()
+
+
 def test_command_checks_before_it_starts(checkpoints: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     argv, env = command([checkpoints[0]], host="localhost", port=free_port())
     assert argv[:5] == [sys.executable, "-m", "bentoml", "serve", SERVICE]
@@ -157,7 +201,6 @@ def test_bare_bentoml_ends_with_one_sentence(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(checkpoints: tuple[str, str], tmp_path: Path) -> None:
     """Found by the worker only, since weights are read there: no restart loop."""
-    import json
     import shutil
 
     shutil.copytree(checkpoints[0], tmp_path / "c")

@@ -112,12 +112,12 @@ def test_errors_before_the_first_event_have_their_status(
     error(late.post("/tasks/forth", json={"inputs": "good", "stream": True}), 504, "deadline_exceeded")
     trunk = table.task("forth").trunk
     with trunk.scheduler._changed:
-        trunk.scheduler._waiting_tokens += 600
+        trunk.scheduler._waiting.tokens += 600
     try:
         error(client.post("/tasks/forth", json={"inputs": "good", "stream": True}), 429, "overloaded")
     finally:
         with trunk.scheduler._changed:
-            trunk.scheduler._waiting_tokens -= 600
+            trunk.scheduler._waiting.tokens -= 600
 
     def fails(works: Any) -> Any:
         raise ZeroDivisionError("secret")
@@ -212,7 +212,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             warnings.simplefilter("ignore")  # of BentoML's imports
             from mtserve.serve import service
 
-            patched.setattr(service, "load_table", lambda settings, workers: table)
+            patched.setattr(service, "load_table", lambda settings, **_: table)
             app = service.make_service().to_asgi()
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))
@@ -258,7 +258,7 @@ def test_a_classification_is_answered_after_the_step_under_way(served: Served) -
                 await asyncio.sleep(0.01)
             assert served.steps[-1] == 8
             asked = asyncio.ensure_future(client.post("/tasks/topic", json={"inputs": "good"}))
-            await asyncio.to_thread(until, lambda: served.scheduler._waiting_tokens)
+            await asyncio.to_thread(until, lambda: served.scheduler._waiting.tokens)
             served.limit = sys.maxsize
             assert (await asked).status_code == 200
             assert served.steps[39:42] == [8, 1, 8]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from mtserve.backends.base import Done
 from mtserve.engine import Engine
-from mtserve.errors import ConfigError, InputError
+from mtserve.errors import ConfigError, InputError, NotFiniteError
 from mtserve.tasks import KINDS
 from tests.tiny import EOS, PAD, Tiny, tiny
 
@@ -183,7 +183,7 @@ def test_a_work_whose_logits_are_no_numbers_fails_alone() -> None:
     engine = Engine(small.tasks, Broken(), small.text)
     finished, unfinished = engine.step([good, bad])
     assert (finished, unfinished) == ([bad], [good])
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(NotFiniteError):
         engine.finish(bad)
     assert engine.run([good]) == [wanted]
 

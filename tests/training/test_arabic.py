@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from mtserve.backends.eager import padded
+from mtserve.backends.staging import padded
 from mtserve.preparation import expand
 from mtserve.rows import Row
 from mtserve.tasks import KINDS

@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from mtserve.backends.eager import EagerBackend, padded
+from mtserve.backends.eager import EagerBackend
+from mtserve.backends.staging import padded
 from mtserve.engine import Engine, Task
 from mtserve.errors import CheckpointError, ConfigError
 from mtserve.model import Model

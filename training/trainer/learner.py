@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mtserve.backends.eager import padded
+from mtserve.backends.staging import padded
 from mtserve.heads import TrunkStates
 from mtserve.model import Model
 from mtserve.rows import Row

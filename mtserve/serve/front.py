@@ -1,0 +1,108 @@
+"""What every request passes first, whatever its route: ASGI middleware around the whole service. Knows no task.
+
+In order: an id; for all but the probes an API key, where keys are set (so a route that is added later needs one too);
+no new request while the server drains. On the way out: the id as a header, a line of the access log, metrics and spans.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mtserve.errors import MtserveError
+from mtserve.serve import replies
+from mtserve.serve.exchange import Exchange, opened
+from mtserve.serve.spans import record
+from mtserve.serve.table import Root
+
+PROBES = frozenset({"/livez", "/readyz", "/healthz"})
+METRICS = "/metrics"
+access = logging.getLogger("mtserve.access")
+
+
+class Front:
+    """`ended(exchange, status=…, seconds=…)` is told of every request but the probes'."""
+
+    def __init__(self, app: ASGIApp, *, root: Root, ended: Callable[..., None] | None = None) -> None:
+        self._app, self._root, self._ended = app, root, ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        else:  # there are no routes for web sockets, and what is unknown does not come in
+            await send({"type": "websocket.close", "code": 1008})
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        exchange = opened(headers.get("x-request-id", ""))
+        path, began = scope["path"], time.perf_counter()
+        status, sent = 499, 0  # nobody is there any more, unless an answer begins
+
+        async def told(message: Message) -> None:
+            nonlocal status, sent
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = exchange.request_id
+            elif message["type"] == "http.response.body":
+                sent += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            with self._root.drain.entered():
+                try:
+                    self._admit(path, headers)
+                except MtserveError as error:
+                    await replies.failure(error)(scope, receive, told)
+                else:
+                    await self._app(scope, receive, told)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            if path not in PROBES:
+                self._end(scope, exchange, status=status, sent=sent, seconds=time.perf_counter() - began)
+
+    def _admit(self, path: str, headers: Headers) -> None:
+        """Raise UnauthorizedError, or CapacityError while nothing is loaded or the server drains."""
+        if path in PROBES:
+            return
+        table = self._root.table()
+        if not (path == METRICS and table.settings.open_metrics):
+            table.keys.check(headers.get("authorization"), headers.get("x-api-key"))
+        if path != METRICS:
+            self._root.drain.refuse()
+
+    def _end(self, scope: Scope, exchange: Exchange, *, status: int, sent: int, seconds: float) -> None:
+        if self._ended is not None:
+            self._ended(exchange, status=status, seconds=seconds)
+        record(exchange)
+        if access.isEnabledFor(logging.INFO):
+            access.info("%s", json.dumps(_line(scope, exchange, status, sent, seconds), ensure_ascii=False))
+
+
+def _line(scope: Scope, exchange: Exchange, status: int, sent: int, seconds: float) -> dict[str, Any]:
+    """What the access log says of a request: no header and no text, unless texts are asked for."""
+    now, client = time.time(), scope.get("client")
+    line: dict[str, Any] = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z",
+        "request_id": exchange.request_id,
+        "client": client[0] if client else None,
+        "method": scope["method"],
+        "path": scope["path"],
+        "route": exchange.route,
+        "status": status,
+        "code": exchange.code or None,
+        "tasks": list(exchange.tasks),
+        "bytes": sent,
+        "ms": round(seconds * 1000, 2),
+        **exchange.usage,
+    }
+    return line if exchange.inputs is None else {**line, "inputs": exchange.inputs}

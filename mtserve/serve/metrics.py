@@ -1,0 +1,126 @@
+"""Prometheus metrics of engine, queue and routes. Knows no BentoML, which exposes them at /metrics.
+
+They are made when the first table is loaded, since only then is it settled where the workers of a server keep them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+from mtserve.observer import Observer, Ran, Reason
+from mtserve.serve.exchange import Exchange
+
+if TYPE_CHECKING:
+    from mtserve.serve.table import TaskTable
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_TOKENS = (16, 64, 256, 1024, 2048, 4096, 8192, 16_384, 65_536)
+
+
+class Metrics:
+    """All metrics of a process. Names end in their unit, as Prometheus advises; `trunk` is how a fingerprint begins."""
+
+    def __init__(self) -> None:
+        from prometheus_client import Counter, Gauge, Histogram
+
+        self.padding_free = Gauge(
+            "mtserve_trunk_padding_free",
+            "1 where a trunk's rows lie end to end, 0 where they are padded.",
+            ["trunk", "family", "profile"],
+            multiprocess_mode="livemin",
+        )
+        self.requests = Counter(
+            "mtserve_requests_total",
+            "HTTP requests that ended, by route, task (once for each that a request named) and status.",
+            ["route", "task", "status"],
+        )
+        self.request_seconds = Histogram(
+            "mtserve_request_seconds", "From a request's first byte to its answer's last.", ["route"], buckets=_SECONDS
+        )
+        self.queue_rows = Gauge(
+            "mtserve_queue_rows", "Inputs that wait for the engine.", ["trunk"], multiprocess_mode="livesum"
+        )
+        self.queue_tokens = Gauge(
+            "mtserve_queue_tokens", "Tokens of the inputs that wait.", ["trunk"], multiprocess_mode="livesum"
+        )
+        self.wait_seconds = Histogram(
+            "mtserve_queue_wait_seconds", "How long requests waited for the engine.", ["task"], buckets=_SECONDS
+        )
+        self.batch_rows = Histogram("mtserve_batch_rows", "Distinct rows of a batch.", ["trunk"], buckets=_COUNTS)
+        self.batch_tokens = Histogram("mtserve_batch_tokens", "Tokens of a batch.", ["trunk"], buckets=_TOKENS)
+        self.batch_tasks = Histogram(
+            "mtserve_batch_tasks", "Tasks that shared a batch.", ["trunk"], buckets=_COUNTS[:6]
+        )
+        self.padded_tokens = Counter(
+            "mtserve_padded_tokens_total", "Tokens that trunks computed, padding included.", ["trunk"]
+        )
+        self.joined = Counter(
+            "mtserve_joined_rows_total", "Rows that were not encoded, as an equal one was.", ["trunk"]
+        )
+        self.seconds = Counter(
+            "mtserve_compute_seconds_total", "Seconds by stage: tokenise, trunk, head.", ["trunk", "stage"]
+        )
+        self.truncated_inputs = Counter("mtserve_truncated_inputs_total", "Inputs of which text was cut.", ["task"])
+        self.drops = Counter(
+            "mtserve_dropped_requests_total", "Requests refused, or given up on the way, by reason.", ["task", "reason"]
+        )
+
+    def publish(self, table: TaskTable) -> None:
+        """Say how the trunks of a table compute."""
+        for trunk in table.trunks:
+            labels = trunk.entry.fingerprint[:12], trunk.entry.family, trunk.in_force.profile
+            self.padding_free.labels(*labels).set(trunk.in_force.padding_free)
+
+    def ended(self, exchange: Exchange, *, status: int, seconds: float) -> None:
+        """A request was answered, or its client left (status 499)."""
+        for task in exchange.tasks or ("",):
+            self.requests.labels(exchange.route, task, str(status)).inc()
+        self.request_seconds.labels(exchange.route).observe(seconds)
+
+    def observer(self, trunk: str) -> Observer:
+        """What counts for one trunk."""
+        return _OfTrunk(self, trunk)
+
+
+class _OfTrunk(Observer):
+    """Counts for a trunk; its metrics are looked up once, as that costs more than counting."""
+
+    def __init__(self, every: Metrics, trunk: str) -> None:
+        self._every = every
+        self._rows, self._tokens = every.queue_rows.labels(trunk), every.queue_tokens.labels(trunk)
+        self._batch = [one.labels(trunk) for one in (every.batch_rows, every.batch_tokens, every.batch_tasks)]
+        self._padded, self._joined = every.padded_tokens.labels(trunk), every.joined.labels(trunk)
+        self._seconds = {stage: every.seconds.labels(trunk, stage) for stage in ("tokenise", "trunk", "head")}
+
+    def prepared(self, tasks: tuple[str, ...], *, seconds: float) -> None:
+        self._seconds["tokenise"].inc(seconds)
+
+    def truncated(self, task: str, *, inputs: int) -> None:
+        if inputs:
+            self._every.truncated_inputs.labels(task).inc(inputs)
+
+    def waiting(self, *, rows: int, tokens: int) -> None:
+        self._rows.set(rows)
+        self._tokens.set(tokens)
+
+    def started(self, task: str, *, wait_s: float) -> None:
+        self._every.wait_seconds.labels(task).observe(wait_s)
+
+    def ran(self, batch: Ran) -> None:
+        for one, value in zip(self._batch, (batch.rows, batch.tokens, len(batch.tasks)), strict=True):
+            one.observe(value)
+        self._padded.inc(batch.padded)
+        self._joined.inc(batch.joined)
+        self._seconds["trunk"].inc(batch.trunk_s)
+        self._seconds["head"].inc(batch.head_s)
+
+    def dropped(self, task: str, reason: Reason) -> None:
+        self._every.drops.labels(task, reason).inc()
+
+
+@cache
+def metrics() -> Metrics:
+    """The one of this process."""
+    return Metrics()

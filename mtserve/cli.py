@@ -133,6 +133,7 @@ def tune(
     ] = None,
     max_flips: Annotated[float, typer.Option(min=0, max=1, help="Largest share of rows decided otherwise.")] = 0.005,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads, instead of looking for the best.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.01, help="What a round in fp32 takes; 2 by default.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure and print, and record nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -151,6 +152,7 @@ def tune(
         profiles=profile or (),
         max_flips=max_flips,
         threads=threads,
+        seconds=seconds,
         device=read_settings().device,
         dry_run=dry_run,
         say=lambda text: typer.echo(text, err=True),

@@ -37,15 +37,16 @@ class Workload:
     tokens: int
 
     @classmethod
-    def of(cls, engine: Engine, examples: Mapping[str, Sequence[Example]]) -> Workload:
-        """Inputs of all tasks, shuffled by a fixed seed: as many as the engine, warmed up here, answers in `SECONDS`,
-        but at least what fills a pass."""
+    def of(cls, engine: Engine, examples: Mapping[str, Sequence[Example]], *, seconds: float | None = None) -> Workload:
+        """Inputs of all tasks, shuffled by a fixed seed: as many as the engine, warmed up here, answers in so many
+        seconds (`SECONDS` by default), but at least what fills a pass."""
         inputs = [(task, example) for task, some in examples.items() for example in some]
         random.Random(0).shuffle(inputs)  # noqa: S311 - to mix tasks and lengths, the same way each time
         sizes = [engine.prepare(task, example).tokens for task, example in inputs]
         few = cls(inputs[: _reached(sizes, engine.max_batch_tokens)], 1, 0)
         few.seconds(engine)
-        wanted = max(engine.max_batch_tokens, int(sum(sizes[: len(few.inputs)]) / few.seconds(engine) * SECONDS))
+        speed = sum(sizes[: len(few.inputs)]) / few.seconds(engine)
+        wanted = max(engine.max_batch_tokens, int(speed * (seconds or SECONDS)))
         some = _reached(sizes, wanted)
         times = max(1, round(wanted / sum(sizes[:some])))
         return cls(inputs[:some], times, times * sum(sizes[:some]))

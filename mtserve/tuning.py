@@ -134,14 +134,15 @@ def tune(
     profiles: Sequence[str] = (),
     max_flips: float = MAX_FLIPS,
     threads: int | None = None,
+    seconds: float | None = None,
     device: str = "auto",
     dry_run: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Measure and compare profiles, those named or all that this hardware has units for; commit which are accepted.
 
-    `threads` are used and recorded as they are; else the best count is looked for. Raises ConfigError for a profile
-    that does not run here, CheckpointError, MissingExtraError.
+    `threads` are used and recorded as they are; else the best count is looked for. A round takes about `seconds` in
+    fp32. Raises ConfigError for a profile that does not run here, CheckpointError, MissingExtraError.
     """
     try:
         import scipy
@@ -157,7 +158,7 @@ def tune(
     capture = read_settings().capture
     base = load_checkpoint(checkpoint, profile="fp32", device=device, accepted_only=False, capture=capture)
     cases = [Cases.of(checkpoint, task) for task in base.tasks.values()]
-    work = _work(base, cases)
+    work = _work(base, cases, seconds)
     say(f"{there.key}: {len(names)} profiles, {speeds.ROUNDS} rounds of {work.tokens} tokens each")
     failed = _failures(base, names, work)
     rounds = speeds.of_profiles(base, [name for name in names if name not in failed], work)
@@ -214,11 +215,11 @@ def _disturbed(profiles: Sequence[str]) -> list[str]:
     return [f"{found}: tune again where nothing else does"] if profiles else []
 
 
-def _work(engine: Engine, cases: Sequence[Cases]) -> speeds.Workload:
+def _work(engine: Engine, cases: Sequence[Cases], seconds: float | None) -> speeds.Workload:
     """Calibration rows; of a checkpoint without any, the kinds' samples."""
     examples = {one.task.name: one.examples for one in cases if one.examples}
     samples = {one.task.name: [one.task.kind.sample(one.task.options)] for one in cases}
-    return speeds.Workload.of(engine, examples or samples)
+    return speeds.Workload.of(engine, examples or samples, seconds=seconds)
 
 
 def _failures(base: Engine, names: Sequence[str], work: speeds.Workload) -> dict[str, str]:

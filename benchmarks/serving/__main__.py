@@ -88,17 +88,21 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def keeps_up(bench: Bench, one: Running, rate: float) -> bool:
-    """Whether all requests of a rate are answered, 99 % of them within the limit, and the load came as it should."""
-    outcome = bench.load(one, rate, bench.seconds)
-    if outcome["statuses"].get("200", 0) < outcome["sent"] or outcome["behind_s"] > 0.2:
-        return False
-    return quantile(outcome["latencies"], 0.99) * 1e3 <= bench.p99_ms
+    """Whether all requests of a rate are answered, 99 % of them within the limit, and the load came as it should; in
+    one of two tries, as something else may run on the machine."""
+    for _ in range(2):
+        outcome = bench.load(one, rate, bench.seconds)
+        answered = outcome["statuses"].get("200", 0) == outcome["sent"] and outcome["behind_s"] < 0.2
+        if answered and quantile(outcome["latencies"], 0.99) * 1e3 <= bench.p99_ms:
+            return True
+    return False
 
 
 def capacity(bench: Bench, one: Running, start: float) -> float:
     """The highest rate of a ladder (steps of an eighth) that it keeps up with; 0 if none."""
     rate, best = start, 0.0
-    bench.load(one, start / 2, bench.seconds / 2)  # warms up
+    for _ in range(2):
+        bench.load(one, start, bench.seconds)  # warms up: kernels for new shapes are made
     while keeps_up(bench, one, rate):
         best, rate = rate, rate * 1.125
     while not best and rate > 2:
@@ -313,6 +317,11 @@ def split(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
+def _whole(path: str) -> str:
+    """Servers have other working folders; the link of a virtual environment stays one."""
+    return str(Path(path).absolute())
+
+
 SECTIONS: dict[str, Callable[[Bench], Lines]] = {
     "mixed": mixed,
     "several": several,
@@ -326,8 +335,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--only", type=lambda raw: raw.split(","), default=[*SECTIONS], metavar="SECTION,…")
     made.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="of stsb, rte, commonsenseqa")
-    made.add_argument("--peers", help="the Python of the peers' environment (benchmarks/peers.txt)")
-    made.add_argument("--infinity", help="the Python of infinity's (benchmarks/peers-infinity.txt)")
+    made.add_argument("--peers", type=_whole, help="the Python of the peers' environment (benchmarks/peers.txt)")
+    made.add_argument("--infinity", type=_whole, help="the Python of infinity's (benchmarks/peers-infinity.txt)")
     made.add_argument("--rounds", type=int, default=Bench.rounds)
     made.add_argument("--seconds", type=float, default=Bench.seconds, help="of one step of a ladder")
     made.add_argument("--overload-seconds", type=float, default=Bench.overload_s)

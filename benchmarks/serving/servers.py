@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def _tree(root: int) -> list[int]:
 @contextmanager
 def running(server: Server, port: int, home: Path, probe: str) -> Iterator[Running]:
     """Start a server, wait until it answers `probe` for each task, and end it by its own process id."""
-    log = home / f"{server.name.replace(' ', '-').replace(',', '')}-{server.precision}.log"
+    log = home / (re.sub(r"\W+", "-", f"{server.name} {server.precision}") + ".log")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "BENTOML_HOME": str(home / "bentoml"), **server.env}
     env |= {"BENTOML_DO_NOT_TRACK": "True", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with log.open("wb") as said:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,7 +100,16 @@ def load_table(
     that share the machine, each with a model of its own. `observer` is made for a trunk, by its fingerprint's start.
 
     Raises what `check_settings` and `load_checkpoint` raise; CheckpointError for golden rows that are not reproduced.
+
+    All of it runs in a thread that ends, and with it the OpenMP threads that PyTorch starts for whoever computes. Did
+    they live on, there would be more of them than cores beside the engine's, and OpenMP would put its threads to sleep
+    between any two operations, which doubles the time of a short request.
     """
+    with ThreadPoolExecutor(1, thread_name_prefix="mtserve-load") as apart:
+        return apart.submit(_load_table, settings, workers, observer).result()
+
+
+def _load_table(settings: Settings, workers: int, observer: Callable[[str], Observer]) -> TaskTable:
     checkpoints = check_settings(settings)
     of_trunk: dict[tuple[str, str], list[Checkpoint]] = {}
     for checkpoint in checkpoints:

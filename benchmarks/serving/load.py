@@ -75,8 +75,8 @@ class Load:
             self.latencies.append(now - due)
 
     async def ask(self, request: bytes) -> str:
-        for _ in range(2):  # a kept connection may have ended meanwhile; a new one has not
-            fresh = not self.free
+        for again in (False, True):  # a kept connection may have ended meanwhile; a new one has not
+            fresh = again or not self.free
             reader, writer = (
                 await asyncio.open_connection(self.job["host"], self.job["port"]) if fresh else self.free.pop()
             )

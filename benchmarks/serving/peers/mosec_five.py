@@ -31,10 +31,13 @@ class Task(Worker):
         return [{"scores": each} for each in scores]
 
 
+ROUTES = {}
+for folder in sorted(Path(os.environ["MODELS"]).iterdir()):
+    made = type(f"Task_{folder.name}", (Task,), {"folder": folder, "__module__": __name__})
+    globals()[made.__name__] = made  # worker processes look it up by its name
+    ROUTES[f"/{folder.name}"] = [Runtime(made, num=1, max_batch_size=16, max_wait_time=5)]
+
 if __name__ == "__main__":
     server = Server()
-    for folder in sorted(Path(os.environ["MODELS"]).iterdir()):
-        worker = type(f"Task_{folder.name}", (Task,), {"folder": folder})
-        globals()[worker.__name__] = worker  # other processes look it up by its name
-        server.register_runtime({f"/{folder.name}": [Runtime(worker, num=1, max_batch_size=16, max_wait_time=5)]})
+    server.register_runtime(ROUTES)
     server.run()

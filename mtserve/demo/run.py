@@ -139,7 +139,7 @@ def _server(models: Sequence[Path], port: int) -> Iterator[str]:
     """The server as a child process, from ready until the end of the block; stopped by its own process id."""
     argv, env = command([str(model) for model in models], host=HOST, port=port)
     url = f"http://{HOST}:{port}"
-    env = {**env, "BENTOML_CONFIG_OPTIONS": "services.mtserve.logging.access.enabled=false"}
+    env = {**env, "MTSERVE_ACCESS_LOG": "false"}
     child = subprocess.Popen(argv, env=env, stdout=sys.stderr)
     try:
         _wait_until_ready(child, url)

@@ -23,7 +23,7 @@ class Ticket:
         self.deadline = deadline
         self.accepted = time.monotonic()
         self.started: float | None = None
-        self.waiting = self.unfinished = len(self.works)  # not started; not finished
+        self.unfinished = len(self.works)
         self.over = False
         self.future: Future[list[Any]] = Future()
         self.future.set_running_or_notify_cancel()  # from here on only the scheduler settles it

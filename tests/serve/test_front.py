@@ -84,7 +84,9 @@ def test_metrics_may_be_open(table: TaskTable, assets: Path) -> None:
 
 def test_without_keys_everybody_may_come_in(table: TaskTable, assets: Path) -> None:
     client, _ = fronted(table, assets)
-    assert client.get("/tasks").status_code == 200
+    answer = client.get("/tasks", headers={"Origin": "https://elsewhere.example"})
+    assert answer.status_code == 200
+    assert not [name for name in answer.headers if name.startswith("access-control")]  # no CORS
     assert "securitySchemes" not in client.get("/openapi.json").json()["components"]
 
 

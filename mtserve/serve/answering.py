@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mtserve.errors import InputError, Problem, TooLargeError
@@ -36,7 +36,7 @@ class Usage:
     total_time_ms: float
 
     def as_dict(self) -> dict[str, int | float]:
-        return asdict(self)
+        return {**vars(self)}
 
 
 async def answer_task(

@@ -22,7 +22,9 @@ from mtserve.serve.answering import answer_task, answer_tasks, stream_task
 from mtserve.serve.body import read_object
 from mtserve.serve.docs_page import PAGE
 from mtserve.serve.exchange import exchange
+from mtserve.serve.metrics import exposition
 from mtserve.serve.openapi import document
+from mtserve.serve.spans import record
 from mtserve.serve.table import Root, TaskTable
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -35,17 +37,8 @@ logger = logging.getLogger(__name__)
 def make_app(root: Root, *, assets: Path) -> Starlette:
     """All routes; `assets` is a folder with the files of Swagger UI."""
 
-    async def to_docs(request: Request) -> Response:
-        return RedirectResponse("docs")
-
-    async def docs(request: Request) -> Response:
-        return HTMLResponse(PAGE)
-
     async def openapi(request: Request) -> Response:
         return JSONResponse(document(root.table()))
-
-    async def live(request: Request) -> Response:
-        return PlainTextResponse("\n")
 
     async def ready(request: Request) -> Response:
         root.table()
@@ -69,12 +62,13 @@ def make_app(root: Root, *, assets: Path) -> Starlette:
         return replies.answer({"outputs": outputs, "usage": usage.as_dict()}, usage)
 
     routes: list[Route | Mount] = [
-        _route("GET", "/", to_docs),
-        _route("GET", "/docs", docs),
+        _route("GET", "/", _to_docs),
+        _route("GET", "/docs", _docs),
         Mount("/docs/assets", StaticFiles(directory=assets)),
         _route("GET", "/openapi.json", openapi),
-        _route("GET", "/livez", live),
+        _route("GET", "/livez", _live),
         _route("GET", "/readyz", ready),
+        _route("GET", "/metrics", _metrics),
         _route("GET", "/tasks", tasks),
         _route("POST", "/tasks/{task}", one_task),
         _route("POST", "/predict", predict),
@@ -94,6 +88,22 @@ def make_app(root: Root, *, assets: Path) -> Starlette:
     return Starlette(routes=[*routes, everything], exception_handlers={HTTPException: _asset_failure})
 
 
+async def _to_docs(request: Request) -> Response:
+    return RedirectResponse("docs")
+
+
+async def _docs(request: Request) -> Response:
+    return HTMLResponse(PAGE)
+
+
+async def _live(request: Request) -> Response:
+    return PlainTextResponse("\n")
+
+
+async def _metrics(request: Request) -> Response:
+    return Response(*exposition())
+
+
 def _route(method: str, path: str, endpoint: Endpoint) -> Route:
     return Route(path, _guarded(endpoint, path), methods=[method])
 
@@ -105,7 +115,9 @@ def _guarded(endpoint: Endpoint, route: str = "") -> Endpoint:
     async def inner(request: Request) -> Response:
         exchange().route = route
         try:
-            return await endpoint(request)
+            answer = await endpoint(request)
+            record(exchange())
+            return answer
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it; the access log shows it, as other servers do
         except Exception as error:

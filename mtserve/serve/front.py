@@ -1,4 +1,4 @@
-"""What every request passes first, whatever its route: ASGI middleware around the whole service. Knows no task.
+"""What every request passes first, whatever its route: an ASGI app around the whole service. Knows no task.
 
 In order: an id; for all but the probes an API key, where keys are set (so a route that is added later needs one too);
 no new request while the server drains. On the way out: the id as a header, a line of the access log, metrics and spans.
@@ -17,20 +17,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mtserve.errors import MtserveError
 from mtserve.serve import replies
+from mtserve.serve.access import access
 from mtserve.serve.exchange import Exchange, opened
-from mtserve.serve.spans import record
 from mtserve.serve.table import Root
 
 PROBES = frozenset({"/livez", "/readyz", "/healthz"})
 METRICS = "/metrics"
-access = logging.getLogger("mtserve.access")
 
 
 class Front:
-    """`ended(exchange, status=…, seconds=…)` is told of every request but the probes'."""
+    """`ended(exchange, status=…, seconds=…)` is told of every request but the probes'. `routes`, if given, get the
+    requests of tasks straight away, past whatever `app` does around them."""
 
-    def __init__(self, app: ASGIApp, *, root: Root, ended: Callable[..., None] | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        root: Root,
+        ended: Callable[..., None] | None = None,
+        routes: ASGIApp | None = None,
+    ) -> None:
         self._app, self._root, self._ended = app, root, ended
+        self._routes = routes or app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -62,7 +70,8 @@ class Front:
                 except MtserveError as error:
                     await replies.failure(error)(scope, receive, told)
                 else:
-                    await self._app(scope, receive, told)
+                    app = self._routes if path == "/predict" or path.startswith("/tasks") else self._app
+                    await app(scope, receive, told)
         except Exception:
             status = 500
             raise
@@ -83,7 +92,6 @@ class Front:
     def _end(self, scope: Scope, exchange: Exchange, *, status: int, sent: int, seconds: float) -> None:
         if self._ended is not None:
             self._ended(exchange, status=status, seconds=seconds)
-        record(exchange)
         if access.isEnabledFor(logging.INFO):
             access.info("%s", json.dumps(_line(scope, exchange, status, sent, seconds), ensure_ascii=False))
 

@@ -1,10 +1,12 @@
-"""Prometheus metrics of engine, queue and routes. Knows no BentoML, which exposes them at /metrics.
+"""Prometheus metrics of engine, queue and routes. Knows no BentoML.
 
-They are made when the first table is loaded, since only then is it settled where the workers of a server keep them.
+They are made when the first table is loaded, since only then is it settled where the processes of a server keep them:
+in files of the folder PROMETHEUS_MULTIPROC_DIR, from which each of them can tell of all.
 """
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -118,6 +120,18 @@ class _OfTrunk(Observer):
 
     def dropped(self, task: str, reason: Reason) -> None:
         self._every.drops.labels(task, reason).inc()
+
+
+def exposition() -> tuple[bytes, int, None, str]:
+    """(body, status, headers, media type) of the answer to Prometheus, of all processes of the server."""
+    from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    registry = REGISTRY
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry), 200, None, CONTENT_TYPE_LATEST
 
 
 @cache

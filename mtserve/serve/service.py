@@ -17,12 +17,16 @@ from bentoml._internal import server as bentoml_server
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.resource import system_resources
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from mtserve.errors import CapacityError, ConfigError, MtserveError, SetupError
-from mtserve.serve import front, replies
+from mtserve.serve import replies
+from mtserve.serve.access import Lines, access
 from mtserve.serve.answering import answer_tasks
 from mtserve.serve.app import PREDICT_FIELDS, make_app
 from mtserve.serve.body import check_object
+from mtserve.serve.exchange import Exchange
+from mtserve.serve.front import Front
 from mtserve.serve.loading import check_settings, load_table
 from mtserve.serve.metrics import metrics
 from mtserve.serve.supervision import give_up, refuse, supervise
@@ -48,9 +52,9 @@ def _speak() -> None:
         ours.handlers = [*theirs.handlers]
         ours.propagate = False
         ours.setLevel(theirs.level)
-    if not front.access.handlers:  # its lines are JSON, with nothing before them
-        front.access.addHandler(logging.StreamHandler(sys.stdout))
-        front.access.propagate = False
+    if not access.handlers:  # its lines are JSON, with nothing before them
+        access.addHandler(Lines(sys.stdout))
+        access.propagate = False
 
 
 def _workers(service: str) -> int:
@@ -74,7 +78,7 @@ def make_service() -> Any:
             except SetupError as error:
                 give_up(error)
                 raise
-            front.access.setLevel(logging.INFO if settings.access_log else logging.WARNING)
+            access.setLevel(logging.INFO if settings.access_log else logging.WARNING)
             metrics().publish(table)
             root.swap(table)
             root.drain.hold_back_sigterm(settings.grace_s)
@@ -120,13 +124,34 @@ def make_service() -> Any:
             """As GET /tasks, for BentoML's clients."""
             return root.table().listing()
 
+    routes = make_app(root, assets=Path(bentoml_server.__file__).parent / "static_content")
     made = bentoml.service(
-        name="mtserve", workers=1, traffic={"timeout": _timeout_s()}, logging={"access": {"enabled": False}}
+        name="mtserve",
+        workers=1,
+        traffic={"timeout": _timeout_s()},
+        logging={"access": {"enabled": False}},
+        metrics={"enabled": False},  # they have a label for each path that anybody thinks of
+        service_class=_fronted(root, routes),
     )(Mtserve)
-    assets = Path(bentoml_server.__file__).parent / "static_content"
-    made.add_asgi_middleware(front.Front, root=root, ended=lambda *of, **how: metrics().ended(*of, **how))
-    made.mount_asgi_app(make_app(root, assets=assets), path="/")
+    made.mount_asgi_app(routes, path="/")
     return made
+
+
+def _fronted(root: Root, routes: ASGIApp) -> type[Any]:
+    """The class of a service behind our front. Requests of tasks do not pass BentoML's middleware, which takes longer
+    than all of ours; but where it is to trace them, they do."""
+
+    class Fronted(bentoml.Service):  # type: ignore[misc]
+        def to_asgi(self, *given: Any, **named: Any) -> ASGIApp:
+            app = super().to_asgi(*given, **named)  # from here on, the container knows this service's settings
+            straight = None if BentoMLContainer.tracing.sample_rate.get() else routes
+            return Front(app, root=root, ended=_ended, routes=straight)
+
+    return Fronted
+
+
+def _ended(exchange: Exchange, **how: Any) -> None:
+    metrics().ended(exchange, **how)  # they are made with the first table
 
 
 service = make_service()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import io
 import json
 import logging
 import os
@@ -15,9 +17,11 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr
+from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from mtserve.errors import ConfigError, UnauthorizedError
+from mtserve.serve.access import PAUSE_S, Lines
 from mtserve.serve.app import make_app
 from mtserve.serve.draining import Drain
 from mtserve.serve.exchange import Exchange
@@ -78,7 +82,7 @@ def test_keys_open_every_route_but_the_probes(table: TaskTable, assets: Path, tm
 
 def test_metrics_may_be_open(table: TaskTable, assets: Path) -> None:
     client, _ = fronted(table, assets, api_keys=(SecretStr(KEY),), open_metrics=True)
-    assert client.get("/metrics").status_code == 404  # BentoML has the route; here nothing refuses it
+    assert "python_info" in client.get("/metrics").text
     assert client.get("/metrics/other").status_code == 401
 
 
@@ -226,3 +230,56 @@ def test_spans_of_the_stages_stand_under_the_requests(table: TaskTable, assets: 
     assert all(span.start_time <= span.end_time for span in stages)
     assert http.attributes["mtserve.tasks"] == ("topic",)
     assert http.attributes["mtserve.inputs"] == 1
+
+
+def test_lines_of_the_access_log_are_written_some_at_a_time() -> None:
+    class Counting(io.StringIO):
+        writes = 0
+
+        def write(self, text: str) -> int:
+            self.writes += 1
+            return super().write(text)
+
+    stream, logger = Counting(), logging.Logger("apart")
+    logger.addHandler(Lines(stream))
+    logger.info("%s", "first")
+    assert stream.getvalue() == "first\n"  # no event loop runs, so nothing would write it later
+
+    async def serve() -> None:
+        for number in range(50):
+            logger.info("%d", number)
+        assert stream.writes == 1
+        await asyncio.sleep(2 * PAUSE_S)
+
+    asyncio.run(serve())
+    assert stream.writes == 2
+    assert stream.getvalue().splitlines() == ["first", *map(str, range(50))]
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # BentoML's imports
+@pytest.mark.filterwarnings("ignore:The `__get_pydantic_core_schema__` method:DeprecationWarning")
+def test_requests_of_tasks_pass_bentomls_middleware_only_where_they_are_traced() -> None:
+    from mtserve.serve.service import make_service
+
+    def passed() -> list[str]:
+        """What the app of the service's BentoML is asked for."""
+        front, seen = make_service().to_asgi(), list[str]()
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            seen.append(scope["path"])
+            await PlainTextResponse("")(scope, receive, send)
+
+        front._app = app
+        client = TestClient(front)
+        for path in ("/livez", "/healthz"):
+            client.get(path)
+        front._root.swap(TaskTable({}, Settings()))
+        for path in ("/predict", "/tasks/topic", "/tasks", "/docs.json"):
+            client.get(path)
+        return seen
+
+    assert passed() == ["/livez", "/healthz", "/docs.json"]
+    traced = make_service()
+    traced.config["tracing"] = {"sample_rate": 0.5}
+    front = traced.to_asgi()
+    assert front._routes is front._app

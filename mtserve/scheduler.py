@@ -24,7 +24,8 @@ Invariants (tests/test_scheduler.py holds them):
 8.  What a step holds depends on the order of acceptance and on when the engine was free, on nothing else.
 9.  The running works have room (`tasks.work.room`) in the engine's `max_past_tokens`, and what was kept for others is
     freed when nothing runs.
-10. The events of a request that is read along come in order and complete, its error after them; what reads them never
+10. Once the engine has been idle for IDLE_S after MUCH tokens, `on_idle` is called from its thread, once.
+11. The events of a request that is read along come in order and complete, its error after them; what reads them never
     holds up the engine.
 
 The tokenizer runs in a pool of threads before a request is queued, and decoding after its last step, so that the event
@@ -38,13 +39,14 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from mtserve.errors import CapacityError, MtserveError, OverloadedError, TooLargeError
 from mtserve.observer import Observer, Reason
+from mtserve.stepper import Stepper
 from mtserve.tasks.work import Work, fits
 from mtserve.ticket import Ticket, late
 from mtserve.waiting import Rate, Waiting
@@ -52,36 +54,8 @@ from mtserve.waiting import Rate, Waiting
 DEFAULT_QUEUE_TOKENS = 262_144
 DEFAULT_TIMEOUT_S = 60.0
 INTERLEAVE_TOKENS = 512
+IDLE_S, MUCH = 2.0, 16_384
 logger = logging.getLogger(__name__)
-
-
-class Stepper(Protocol):
-    """What the scheduler asks of an engine: `step` from its own thread, the others from any."""
-
-    max_batch_tokens: int
-    max_past_tokens: int
-
-    def prepare_tasks(
-        self, asked: Mapping[str, Mapping[str, Any] | None], items: Sequence[Any], *, stream: bool = False
-    ) -> dict[str, list[Work]]:
-        """Raw items as works of each task asked for, none of which reserves more than `max_past_tokens`."""
-        ...
-
-    def step(self, works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
-        """(finished, unfinished) after one more step of every work. Raises where none of them advanced."""
-        ...
-
-    def release(self) -> None:
-        """Free what is kept for works that nobody holds."""
-        ...
-
-    def emit(self, work: Work) -> list[Any]:
-        """What there is to read along since the last call, from the engine's thread; the last after the last step."""
-        ...
-
-    def finish(self, work: Work) -> Any:
-        """The prediction of a finished work. Raises what went wrong with it."""
-        ...
 
 
 class Scheduler:
@@ -98,6 +72,7 @@ class Scheduler:
         weights: Mapping[str, float] | None = None,
         pool_threads: int = 2,
         observer: Observer | None = None,
+        on_idle: Callable[[], Any] = lambda: None,
     ) -> None:
         self.max_queue_tokens = max_queue_tokens
         self.timeout_s = timeout_s
@@ -105,6 +80,7 @@ class Scheduler:
         self.max_wait_s = max_wait_ms / 1000
         self._engine = engine
         self._observer = observer or Observer()
+        self._on_idle, self._since_idle = on_idle, 0  # tokens; the engine's thread alone uses both
         self._changed = threading.Condition()  # guards all that follows
         self._waiting: Waiting[Ticket] = Waiting(weights)
         self._rate = Rate()
@@ -223,6 +199,7 @@ class Scheduler:
             running |= self._step(taken)
             running = self._step(running)
             self._rate.add(tokens, time.monotonic() - began)
+            self._since_idle += tokens
 
     def _busy(self, running: Mapping[Work, Ticket]) -> bool:
         """Wait for something to do; False when closing, and nothing is left."""
@@ -230,8 +207,14 @@ class Scheduler:
             if not (running or self._waiting):
                 self._engine.release()
             while not (running or self._closing) and (left := self._wait_s()) != 0:
-                self._changed.wait(left)
-            return bool(running or self._waiting)
+                worked = left is None and self._since_idle >= MUCH
+                if not self._changed.wait(IDLE_S if worked else left) and worked:
+                    break
+            else:
+                return bool(running or self._waiting)
+        self._since_idle = 0
+        self._on_idle()  # without the lock, as it may take a while
+        return self._busy(running)
 
     def _wait_s(self) -> float | None:
         """Seconds until what waits is to start, if the engine is free; None where nothing waits."""

@@ -67,6 +67,9 @@ class Settings(BaseSettings):
         default=True,
         description="Whether the trunk's pass is made a graph at start: some seconds, for less overhead in every pass.",
     )
+    workers: int = Field(
+        default=1, ge=1, description="Processes that speak HTTP; if several, they share one more, which has the model."
+    )
     processes: int = Field(
         default=1, ge=1, description="Servers that share this machine's cores; each takes its part of them."
     )

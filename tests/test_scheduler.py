@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from mtserve.errors import CapacityError, DeadlineError, InputError, MtserveError, OverloadedError, TooLargeError
 from mtserve.rows import Past, make_row
 from mtserve.scheduler import Scheduler
+from mtserve.stepper import InThread
 from mtserve.tasks.base import Example, Parameters
 from mtserve.tasks.work import Work
 from mtserve.ticket import Ticket
@@ -40,6 +42,8 @@ class Job(Example):
 
 class FakeEngine:
     """Answers each job with its text and the number of steps that it took; `gate` holds steps back while cleared."""
+
+    thread = "mtserve-engine"
 
     def __init__(self, *, max_batch_tokens: int = 32, max_past_tokens: int = 100) -> None:
         self.max_batch_tokens = max_batch_tokens
@@ -66,7 +70,7 @@ class FakeEngine:
         assert self.gate.wait(10)
         assert works
         assert len(set(works)) == len(works)
-        assert threading.current_thread().name == "mtserve-engine"
+        assert threading.current_thread().name == self.thread
         assert all(work.rows for work in works)
         self.batches.append(list(works))
         if any(job_of(work).poison for work in works):
@@ -670,3 +674,56 @@ def test_the_tokenizer_runs_off_the_event_loop() -> None:
             await scheduler.prepare({"fake": None}, [Job(text=1)], deadline=time.monotonic() - 1)
 
     run(check, FakeEngine())
+
+
+def test_an_engine_that_rests_after_much_work_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtserve.scheduler.IDLE_S", 0.05)
+    monkeypatch.setattr("mtserve.scheduler.MUCH", 40)
+    rests: list[str] = []
+    engine = FakeEngine()
+
+    async def main() -> None:
+        scheduler = Scheduler(engine, on_idle=lambda: rests.append(threading.current_thread().name))
+        try:
+            for _ in range(2):
+                await scheduler.submit([work_of(Job(text=1, tokens=15))])
+            await asyncio.sleep(0.3)
+            assert not rests  # that was little
+            for number in (1, 2):
+                await scheduler.submit([work_of(Job(text=1, tokens=30))])
+                await asyncio.sleep(0.02)
+                assert len(rests) == number - 1  # not at once
+                await scheduler.submit([work_of(Job(text=1, tokens=30))])
+                await asyncio.sleep(0.4)
+                assert len(rests) == number
+        finally:
+            scheduler.close()
+
+    asyncio.run(main())
+    assert set(rests) == {"mtserve-engine"}
+
+
+def test_several_engines_compute_in_one_thread() -> None:
+    class Noting(FakeEngine):
+        thread = "shared_0"
+
+        def step(self, works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
+            assert not inside
+            inside.append(self)
+            time.sleep(0.001)
+            inside.pop()
+            return super().step(works)
+
+    inside = list[FakeEngine]()
+
+    async def main() -> None:
+        with ThreadPoolExecutor(1, thread_name_prefix="shared") as thread:
+            made = [Scheduler(InThread(Noting(), thread)) for _ in range(3)]
+            jobs = [(scheduler, Job(text=n, poison=n == 7)) for n in range(10) for scheduler in made]
+            asked = [scheduler.submit([work_of(job)]) for scheduler, job in jobs]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            for scheduler in made:
+                scheduler.close()
+        assert [isinstance(answer, MtserveError) for answer in answers] == [job.poison for _, job in jobs]
+
+    asyncio.run(main())

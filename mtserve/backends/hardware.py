@@ -123,3 +123,9 @@ def keep_memory() -> bool:
     mallopt: Any = getattr(ctypes.CDLL(None), "mallopt", None)
     settings = ((_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, _KEPT), (_M_TOP_PAD, _STEP))
     return mallopt is not None and all(mallopt(name, value) for name, value in settings)
+
+
+def trim_memory() -> bool:
+    """Give back what is freed, kept or not; whether that was possible (glibc)."""
+    trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return trim is not None and bool(trim(0))

@@ -41,8 +41,7 @@ def make_app(root: Root, *, assets: Path) -> Starlette:
         return JSONResponse(document(root.table()))
 
     async def ready(request: Request) -> Response:
-        root.table()
-        root.drain.refuse()
+        await root.check()
         return PlainTextResponse("\n")
 
     async def tasks(request: Request) -> Response:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mtserve.checkpoint import Checkpoint
-from mtserve.engine import Engine
+from mtserve.engine import Engine, Task
 from mtserve.errors import CheckpointError, ConfigError
 from mtserve.golden import GoldenReport, check_golden
 from mtserve.loading import InForce, in_force, load_checkpoint
@@ -18,9 +18,11 @@ from mtserve.observer import Observer
 from mtserve.resolve import resolve
 from mtserve.scheduler import Scheduler
 from mtserve.serve.keys import Keys
+from mtserve.serve.model import LocalModel, Model, Queue
 from mtserve.serve.share import Share
 from mtserve.serve.table import ServedTask, ServedTrunk, TaskTable, clash
 from mtserve.settings import Settings
+from mtserve.stepper import InThread
 
 logger = logging.getLogger(__name__)
 
@@ -111,22 +113,19 @@ def load_table(
 
 def _load_table(settings: Settings, workers: int, observer: Callable[[str], Observer]) -> TaskTable:
     checkpoints = check_settings(settings)
-    of_trunk: dict[tuple[str, str], list[Checkpoint]] = {}
-    for checkpoint in checkpoints:
-        manifest = checkpoint.manifest  # the fingerprint does not cover the config
-        of_trunk.setdefault((manifest.trunk.fingerprint, manifest.files["trunk/config.json"].sha256), []).append(
-            checkpoint
-        )
     share = Share.of(settings, workers=workers)
-    loaded = [_load(together, settings) for together in of_trunk.values()]
+    loaded = [_load(together, settings) for together in grouped(checkpoints)]
     share.settle([speed for each in loaded for speed in each.speeds(share.cores)])
     golden = {name: report for each in loaded for name, report in _golden(each)}
-    served = {
-        task.name: task
-        for each in loaded
-        for task in _serve(each, settings, share, golden, observer(each.fingerprint[:12]))
-    }
-    table = TaskTable.of((served[entry.name] for each in checkpoints for entry in each.manifest.tasks), settings)
+    trunks: list[ServedTrunk] = []
+    queues: dict[str, Queue] = {}
+    thread = ThreadPoolExecutor(1, thread_name_prefix="mtserve-engines") if len(loaded) > 1 else None
+    for each in loaded:
+        trunks.append(ServedTrunk(each.checkpoints[0].manifest.trunk, each.in_force, share.threads))
+        _say(trunks[-1])
+        queue = _queue(each, settings, observer(each.fingerprint[:12]), thread)
+        queues |= dict.fromkeys(each.engine.tasks, queue)
+    table = make_table(checkpoints, trunks, golden, settings, LocalModel(queues))
     for task in table.tasks.values():
         if task.golden is None:
             logger.warning("task %r has no golden rows, so nothing shows that it answers as when sealed", task.name)
@@ -179,32 +178,63 @@ def _golden(loaded: _Loaded) -> Iterator[tuple[str, GoldenReport]]:
                 yield task.name, report
 
 
-def _serve(
-    loaded: _Loaded, settings: Settings, share: Share, golden: Mapping[str, GoldenReport], observer: Observer
-) -> list[ServedTask]:
-    """The tasks of checkpoints with the same trunk, by one engine and one queue."""
-    engine, entry = loaded.engine, loaded.checkpoints[0].manifest.trunk
-    engine.observer = observer
+def _say(trunk: ServedTrunk) -> None:
+    """Log how a trunk computes."""
+    entry, how = trunk.entry, trunk.in_force
+    padding = "no padding" if how.padding_free else "rows padded"
+    found = entry.fingerprint[:12], entry.family, how.profile, how.hardware.key, padding, trunk.threads
+    logger.info("trunk %s (%s): profile %s on %s, %s, %d threads", *found)
+
+
+def _queue(loaded: _Loaded, settings: Settings, observer: Observer, thread: ThreadPoolExecutor | None) -> Queue:
+    """The one of a trunk, for all tasks on it; `thread` is the one in which several trunks compute."""
+    from mtserve.backends.hardware import trim_memory
+
+    loaded.engine.observer = observer
     scheduler = Scheduler(
-        engine,
+        InThread(loaded.engine, thread) if thread and loaded.in_force.hardware.device == "cpu" else loaded.engine,
         max_queue_tokens=settings.max_queue_tokens,
         timeout_s=settings.timeout_s,
         max_wait_ms=settings.max_wait_ms,
         weights=settings.weights,
         observer=observer,
+        on_idle=trim_memory,
     )
-    trunk = ServedTrunk(entry, engine, scheduler, loaded.in_force, share.threads)
-    logger.info(
-        "trunk %s (%s): profile %s on %s, %s, %d threads",
-        entry.fingerprint[:12],
-        entry.family,
-        loaded.in_force.profile,
-        loaded.in_force.hardware.key,
-        "no padding" if loaded.in_force.padding_free else "rows padded",
-        share.threads,
-    )
-    return [
-        ServedTask(engine.task(task.name), task, trunk, golden=golden.get(task.name))
-        for each in loaded.checkpoints
+    return Queue(loaded.engine, scheduler)
+
+
+def grouped(checkpoints: Sequence[Checkpoint]) -> list[list[Checkpoint]]:
+    """Checkpoints of one trunk together."""
+    of_trunk: dict[tuple[str, str], list[Checkpoint]] = {}
+    for checkpoint in checkpoints:
+        manifest = checkpoint.manifest  # the fingerprint does not cover the config
+        key = manifest.trunk.fingerprint, manifest.files["trunk/config.json"].sha256
+        of_trunk.setdefault(key, []).append(checkpoint)
+    return [*of_trunk.values()]
+
+
+def make_table(
+    checkpoints: Sequence[Checkpoint],
+    trunks: Sequence[ServedTrunk],
+    golden: Mapping[str, GoldenReport],
+    settings: Settings,
+    model: Model,
+) -> TaskTable:
+    """The table of opened checkpoints; `trunks` in the order of `grouped`."""
+    trunk_of = {
+        task.name: trunk
+        for together, trunk in zip(grouped(checkpoints), trunks, strict=True)
+        for each in together
         for task in each.manifest.tasks
+    }
+    served = [
+        ServedTask(
+            Task(entry.name, entry.handler, entry.parsed_options, entry.metrics),
+            entry,
+            trunk_of[entry.name],
+            golden=golden.get(entry.name),
+        )
+        for each in checkpoints
+        for entry in each.manifest.tasks
     ]
+    return TaskTable.of(served, settings, model)

@@ -11,8 +11,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from mtserve.errors import MtserveError, OverloadedError, UnauthorizedError
-from mtserve.serve.answering import Usage
 from mtserve.serve.exchange import exchange
+from mtserve.serve.model import Usage
 
 _MESSAGE_CHARS = 400
 

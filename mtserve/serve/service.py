@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,22 +28,25 @@ from mtserve.serve.app import PREDICT_FIELDS, make_app
 from mtserve.serve.body import check_object
 from mtserve.serve.exchange import Exchange
 from mtserve.serve.front import Front
+from mtserve.serve.keeping import MODEL_SOCKET, keep_model, make_home, use_home
 from mtserve.serve.loading import check_settings, load_table
 from mtserve.serve.metrics import metrics
+from mtserve.serve.process import remote_table
+from mtserve.serve.remote import wait_for_facts
 from mtserve.serve.supervision import give_up, refuse, supervise
-from mtserve.serve.table import Root
+from mtserve.serve.table import Root, TaskTable
 from mtserve.settings import Settings, read_settings
 
 MARGIN_S = 30.0
 """By how much BentoML's own timeout is longer than ours, so that ours answers first."""
 
 
-def _timeout_s() -> float:
-    """BentoML's timeout. A wrong setting is reported when the server starts, not here."""
+def _settings() -> Settings:
+    """For what BentoML wants to know when this is imported. A wrong setting is reported when the server starts."""
     try:
-        return read_settings().timeout_s + MARGIN_S
+        return read_settings()
     except ConfigError:
-        return float(Settings.model_fields["timeout_s"].default) + MARGIN_S
+        return Settings.model_construct()
 
 
 def _speak() -> None:
@@ -63,9 +67,32 @@ def _workers(service: str) -> int:
     return int(system_resources()["cpu"]) or 1 if found == "cpu_count" else int(found)
 
 
+def _prepare(service: str) -> None:
+    """In the parent, before any worker starts. Ends the process where the settings or checkpoints are at fault."""
+    try:
+        check_settings(read_settings())
+    except SetupError as error:
+        refuse(error)
+    if supervise():
+        make_home()
+        if _workers(service) > 1:
+            keep_model()
+
+
+def _table(settings: Settings, service: str) -> TaskTable:
+    """Loaded in this process; or, where several workers share one that has the model, of that one."""
+    use_home()
+    if MODEL_SOCKET in os.environ:
+        path = os.environ[MODEL_SOCKET]
+        return remote_table(settings, path, wait_for_facts(path))
+    table = load_table(settings, workers=_workers(service), observer=metrics().observer)
+    metrics().publish(table)
+    return table
+
+
 def make_service() -> Any:
     """A BentoML service with a root of its own; its weights are loaded when a worker makes the instance."""
-    root = Root()
+    root, settings = Root(), _settings()
 
     class Mtserve:
         """One encoder, every task. Routes, schemas and examples are at /docs."""
@@ -73,36 +100,30 @@ def make_service() -> Any:
         def __init__(self) -> None:
             _speak()
             try:
-                settings = read_settings()
-                table = load_table(settings, workers=_workers(made.name), observer=metrics().observer)
+                found = read_settings()
+                table = _table(found, made.name)
             except SetupError as error:
                 give_up(error)
                 raise
-            access.setLevel(logging.INFO if settings.access_log else logging.WARNING)
-            metrics().publish(table)
+            access.setLevel(logging.INFO if found.access_log else logging.WARNING)
             root.swap(table)
-            root.drain.hold_back_sigterm(settings.grace_s)
+            root.drain.hold_back_sigterm(found.grace_s)
 
         @bentoml.on_deployment  # type: ignore[untyped-decorator]
         @staticmethod
         def check() -> None:
             """Before any worker starts: end with one sentence if it could not serve."""
-            try:
-                check_settings(read_settings())
-            except SetupError as error:
-                refuse(error)
-            supervise()
+            _prepare(made.name)
 
         @bentoml.on_shutdown  # type: ignore[untyped-decorator]
         async def close(self) -> None:
             table = root.swap(None)
             if table is not None:
-                await asyncio.to_thread(table.close)
+                await asyncio.to_thread(table.model.close)
 
         async def __is_ready__(self) -> bool:
             try:
-                root.table()
-                root.drain.refuse()
+                await root.check()
             except CapacityError as error:
                 raise HTTPException(status_code=error.status, detail=str(error)) from error
             return True
@@ -127,8 +148,8 @@ def make_service() -> Any:
     routes = make_app(root, assets=Path(bentoml_server.__file__).parent / "static_content")
     made = bentoml.service(
         name="mtserve",
-        workers=1,
-        traffic={"timeout": _timeout_s()},
+        workers=settings.workers,
+        traffic={"timeout": settings.timeout_s + MARGIN_S},
         logging={"access": {"enabled": False}},
         metrics={"enabled": False},  # they have a label for each path that anybody thinks of
         service_class=_fronted(root, routes),

@@ -19,11 +19,13 @@ EXIT_CODE = 2
 _SUPERVISOR = "MTSERVE_SUPERVISOR"
 
 
-def supervise() -> None:
-    """Make this process end with exit code 2 when a worker gives up; only the command `bentoml serve` is such one."""
-    if sys.argv[1:2] == ["serve"]:
-        signal.signal(signal.SIGUSR1, _stop)
-        os.environ[_SUPERVISOR] = str(os.getpid())  # workers inherit it
+def supervise() -> bool:
+    """Make this process end with exit code 2 when a worker gives up, if it is the command `bentoml serve`: whether."""
+    if sys.argv[1:2] != ["serve"]:
+        return False
+    signal.signal(signal.SIGUSR1, _stop)
+    os.environ[_SUPERVISOR] = str(os.getpid())  # workers inherit it
+    return True
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -7,24 +7,22 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from mtserve.engine import Engine, Task
+from mtserve.engine import Task
 from mtserve.errors import CapacityError, SetupError, UnknownTaskError
 from mtserve.golden import GoldenReport
 from mtserve.loading import InForce
 from mtserve.manifest import TaskEntry, TrunkEntry
-from mtserve.scheduler import Scheduler
 from mtserve.serve.draining import Drain
 from mtserve.serve.keys import Keys
+from mtserve.serve.model import Model
 from mtserve.settings import Settings
 
 
 @dataclass(frozen=True, eq=False)
 class ServedTrunk:
-    """A trunk with its engine and its queue, how it computes, and with how many threads."""
+    """A trunk, how it computes, and with how many threads."""
 
     entry: TrunkEntry
-    engine: Engine
-    scheduler: Scheduler
     in_force: InForce
     threads: int
 
@@ -85,21 +83,22 @@ class ServedTask:
 
 @dataclass(frozen=True, eq=False)
 class TaskTable:
-    """Task names to served tasks, in the order of the checkpoints, with the limits and keys in force."""
+    """Task names to served tasks, in the order of the checkpoints, with what answers, and limits and keys in force."""
 
     tasks: Mapping[str, ServedTask]
     settings: Settings
+    model: Model
     keys: Keys = field(default_factory=Keys)
 
     @classmethod
-    def of(cls, tasks: Iterable[ServedTask], settings: Settings) -> TaskTable:
+    def of(cls, tasks: Iterable[ServedTask], settings: Settings, model: Model) -> TaskTable:
         """Raises SetupError if two tasks have one name, ConfigError for keys that cannot be read."""
         named: dict[str, ServedTask] = {}
         for task in tasks:
             if task.name in named:
                 raise clash(task.name, named[task.name].trunk.entry.source, task.trunk.entry.source)
             named[task.name] = task
-        return cls(MappingProxyType(named), settings, Keys.of(settings))
+        return cls(MappingProxyType(named), settings, model, Keys.of(settings))
 
     def task(self, name: str) -> ServedTask:
         """Raises UnknownTaskError."""
@@ -115,11 +114,6 @@ class TaskTable:
         """The answer of `GET /tasks`."""
         return {"tasks": [task.listing() for task in self.tasks.values()]}
 
-    def close(self) -> None:
-        """Drain and end every trunk's scheduler."""
-        for trunk in self.trunks:
-            trunk.scheduler.close()
-
 
 class Root:
     """Where requests find the table that is in force. `drain` counts them, and knows whether more are taken."""
@@ -132,6 +126,11 @@ class Root:
         """Put another table in force (None: nothing is served); returns the one that was, which the caller closes."""
         before, self._table = self._table, table
         return before
+
+    async def check(self) -> None:
+        """Raise CapacityError if a request would not be taken now."""
+        await self.table().model.check()
+        self.drain.refuse()
 
     def table(self) -> TaskTable:
         """The table. Raises CapacityError if nothing is loaded."""

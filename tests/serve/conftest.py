@@ -82,7 +82,7 @@ def limits(checkpoints: tuple[str, str]) -> Settings:
 def table(limits: Settings) -> Iterator[TaskTable]:
     made = load_table(limits)
     yield made
-    made.close()
+    made.model.close()
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ from mtserve.serve.draining import Drain
 from mtserve.serve.exchange import Exchange
 from mtserve.serve.front import Front
 from mtserve.serve.keys import Keys
+from mtserve.serve.model import LocalModel
 from mtserve.serve.table import Root, TaskTable
 from mtserve.settings import Settings, read_settings
 from tests.serve.test_routes import error, ok
@@ -273,7 +274,7 @@ def test_requests_of_tasks_pass_bentomls_middleware_only_where_they_are_traced()
         client = TestClient(front)
         for path in ("/livez", "/healthz"):
             client.get(path)
-        front._root.swap(TaskTable({}, Settings()))
+        front._root.swap(TaskTable({}, Settings(), LocalModel({})))
         for path in ("/predict", "/tasks/topic", "/tasks", "/docs.json"):
             client.get(path)
         return seen

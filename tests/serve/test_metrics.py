@@ -36,7 +36,7 @@ def client(checkpoints: tuple[str, str], tmp_path_factory: pytest.TempPathFactor
     app = make_app(root, assets=tmp_path_factory.mktemp("assets"))
     with TestClient(Front(app, root=root, ended=metrics().ended)) as made:
         yield made
-    table.close()
+    table.model.close()
 
 
 def test_what_a_request_does_is_counted(client: TestClient) -> None:
@@ -73,7 +73,7 @@ def test_truncated_inputs_and_dropped_requests_are_counted(client: TestClient) -
     ok(client, "/tasks/topic", {"inputs": ["good " * 300, "good"]})
     assert sample("mtserve_truncated_inputs_total", task="topic") == 1
     table = client.app._root.table()  # type: ignore[attr-defined]
-    scheduler = table.task("topic").trunk.scheduler
+    scheduler = table.model.queues["topic"].scheduler
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(scheduler, "max_queue_tokens", 3)
         assert client.post("/tasks/topic", json={"inputs": TEXT}).status_code == 413

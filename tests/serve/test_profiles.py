@@ -56,7 +56,7 @@ def speed(rate: float, **best: Any) -> Speed:
 
 def opened(*locations: str, workers: int = 1, **given: Any) -> TaskTable:
     table = load_table(Settings(model=locations, device="cpu", **given), workers=workers)
-    table.close()
+    table.model.close()
     return table
 
 

@@ -20,6 +20,7 @@ from mtserve.serve.app import make_app
 from mtserve.serve.loading import check_settings, load_table, open_checkpoints
 from mtserve.serve.table import Root, ServedTask, TaskTable
 from mtserve.settings import Settings
+from mtserve.waiting import Rate
 from tests.serve.conftest import sealed
 from tests.tiny import GENERATION, OPTIONS
 
@@ -103,7 +104,7 @@ def test_usage_is_in_headers(client: TestClient) -> None:
 
 
 def test_predict_encodes_equal_rows_once(client: TestClient, table: TaskTable) -> None:
-    engine = table.task("topic").trunk.engine
+    engine = table.model.queues["topic"].engine
     before = engine.counters.rows
     answer = ok(client, "/predict", {"inputs": [TEXT, "good"], "tasks": ["topic", "tags", "names"]})
     assert engine.counters.rows == before + 2
@@ -201,11 +202,11 @@ def test_413_bodies_lists_and_texts(client: TestClient) -> None:
 
 
 def test_422_names_every_bad_input_and_runs_nothing(client: TestClient, table: TaskTable) -> None:
-    passes = table.task("topic").trunk.engine.counters.trunk_passes
+    passes = table.model.queues["topic"].engine.counters.trunk_passes
     found = error(client.post("/tasks/topic", json={"inputs": ["good", 3, {"txt": "x"}]}), 422, "invalid_input")
     assert {problem["index"] for problem in found["problems"]} == {1, 2}
     assert {problem.get("field") for problem in found["problems"]} == {None, "text", "txt"}
-    assert table.task("topic").trunk.engine.counters.trunk_passes == passes
+    assert table.model.queues["topic"].engine.counters.trunk_passes == passes
 
 
 @pytest.mark.parametrize(
@@ -260,11 +261,13 @@ def failing(table: TaskTable, monkeypatch: pytest.MonkeyPatch, error: Exception)
     async def prepare(*args: Any, **more: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(table.task("topic").trunk.scheduler, "prepare", prepare)
+    monkeypatch.setattr(table.model.queues["topic"].scheduler, "prepare", prepare)
 
 
-def test_429_says_when_to_come_back(client: TestClient, table: TaskTable) -> None:
-    scheduler = table.task("topic").trunk.scheduler
+def test_429_says_when_to_come_back(client: TestClient, table: TaskTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, rate = table.model.queues["topic"].scheduler, Rate()
+    rate.add(tokens=100, seconds=1)
+    monkeypatch.setattr(scheduler, "_rate", rate)
     with scheduler._changed:  # as if that many tokens waited for a busy engine
         scheduler._waiting.tokens += 600
     try:
@@ -273,14 +276,14 @@ def test_429_says_when_to_come_back(client: TestClient, table: TaskTable) -> Non
         with scheduler._changed:
             scheduler._waiting.tokens -= 600
     error(response, 429, "overloaded")
-    assert response.headers["retry-after"] == "1"
+    assert response.headers["retry-after"] == "6"
 
 
 def test_a_client_that_goes_away_cancels_its_request(
     table: TaskTable, assets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Straight on the ASGI interface: the client is gone once its body is read, while the engine is held up."""
-    trunk = table.task("forth").trunk
+    trunk = table.model.queues["forth"]
     held, step = threading.Event(), trunk.engine.step
     sent: list[Any] = []
     messages = [{"type": "http.request", "body": b'{"inputs": "good"}'}, {"type": "http.disconnect"}]
@@ -351,7 +354,7 @@ def test_a_table_without_golden_rows_is_ready_and_says_so(tmp_path: Path) -> Non
     try:
         assert table.listing()["tasks"][0]["golden"]["checked"] is False
     finally:
-        table.close()
+        table.model.close()
 
 
 def test_a_checkpoint_that_answers_otherwise_is_not_served(tmp_path: Path) -> None:
@@ -423,4 +426,4 @@ def test_checkpoints_that_cannot_be_served(tmp_path: Path, checkpoints: tuple[st
 def test_a_table_refuses_clashing_names(table: TaskTable) -> None:
     task: ServedTask = table.task("topic")
     with pytest.raises(SetupError, match="distinct"):
-        TaskTable.of([task, task], table.settings)
+        TaskTable.of([task, task], table.settings, table.model)

@@ -227,3 +227,47 @@ def test_bentofile_builds_what_the_command_serves() -> None:
     assert sorted(bentofile["python"]["packages"]) == sorted(
         [*project["dependencies"], *extras["torch"], *extras["serve"]]
     )
+
+
+def test_several_workers_share_one_model_process(checkpoints: tuple[str, str], tmp_path: Path) -> None:
+    """Its loss is told to those who wait, and it comes back; SIGTERM to all of them loses nothing."""
+    given = {"MTSERVE_WORKERS": "2", "MTSERVE_MAX_WAIT_MS": "1500", "MTSERVE_CAPTURE": "false"}
+    asked = {"inputs": TEXT, "tasks": ["topic", "names"]}
+    with started(checkpoints[:1], tmp_path, **given) as (url, process, log):
+        (model,) = _models(process.pid)
+        home = Path(_argv(model)[-1]).parent
+        with httpx.Client(base_url=url, timeout=30) as client, ThreadPoolExecutor() as pool:
+            first = client.post("/predict", json=asked)
+            assert first.status_code == 200
+            assert client.post("/native/predict", json=asked).json()["outputs"] == first.json()["outputs"]
+            answer = pool.submit(httpx.post, url + "/predict", json=asked, timeout=30)
+            time.sleep(0.5)
+            os.kill(model, signal.SIGKILL)
+            lost = answer.result()
+            assert (lost.status_code, lost.json()["error"]["code"]) == (503, "unavailable")
+            assert client.get("/readyz").status_code == 503
+            wait_until_ready(url, process, log)
+            assert client.post("/predict", json=asked).json()["outputs"] == first.json()["outputs"]
+            metrics = client.get("/metrics").text
+            assert 'mtserve_requests_total{route="/predict",status="503",task="topic"} 1.0' in metrics
+            assert re.search(r'mtserve_batch_rows_count{trunk="[0-9a-f]{12}"} 3.0', metrics), metrics
+            answer = pool.submit(httpx.post, url + "/predict", json=asked, timeout=30)
+            time.sleep(0.5)
+            (model,) = _models(process.pid)
+            os.kill(model, signal.SIGTERM)  # as service managers do, to all processes
+            process.send_signal(signal.SIGTERM)
+            assert answer.result().status_code == 200
+        assert process.wait(20) == 0
+    assert not home.exists()
+    assert "Traceback" not in log.read_text()
+
+
+def _models(parent: int) -> list[int]:
+    """The model process among the children of a process (Linux)."""
+    threads = Path(f"/proc/{parent}/task").iterdir()
+    children = [int(pid) for each in threads for pid in (each / "children").read_text().split()]
+    return [pid for pid in children if "mtserve.serve.process" in _argv(pid)]
+
+
+def _argv(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")

@@ -90,11 +90,11 @@ def test_a_stream_that_is_none_is_an_ordinary_answer(client: TestClient) -> None
 def test_422_streams_that_cannot_be(
     client: TestClient, table: TaskTable, path: str, body: dict[str, Any], field: str | None, said: str
 ) -> None:
-    passes = table.task(path).trunk.engine.counters.trunk_passes
+    passes = table.model.queues[path].engine.counters.trunk_passes
     found = error(client.post(f"/tasks/{path}", json={"inputs": "good", **body}), 422, "invalid_input")
     assert field in {problem.get("field") for problem in found["problems"]}
     assert said in found["message"]
-    assert table.task(path).trunk.engine.counters.trunk_passes == passes
+    assert table.model.queues[path].engine.counters.trunk_passes == passes
 
 
 def test_422_predict_has_no_stream(client: TestClient) -> None:
@@ -110,7 +110,7 @@ def test_errors_before_the_first_event_have_their_status(
     hurried = replace(table, settings=table.settings.model_copy(update={"timeout_s": 1e-6}))
     late = TestClient(make_app(Root(hurried), assets=assets))
     error(late.post("/tasks/forth", json={"inputs": "good", "stream": True}), 504, "deadline_exceeded")
-    trunk = table.task("forth").trunk
+    trunk = table.model.queues["forth"]
     with trunk.scheduler._changed:
         trunk.scheduler._waiting.tokens += 600
     try:
@@ -130,7 +130,7 @@ def test_errors_before_the_first_event_have_their_status(
 def test_an_error_in_mid_stream_is_the_last_event(
     client: TestClient, table: TaskTable, assets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trunk, body = table.task("forth").trunk, {"inputs": "good", "parameters": {"min_new_tokens": 5}, "stream": True}
+    trunk, body = table.model.queues["forth"], {"inputs": "good", "parameters": {"min_new_tokens": 5}, "stream": True}
     step, held = trunk.engine.step, threading.Event()
     steps: list[int] = []
 
@@ -173,7 +173,7 @@ class Served:
     limit: int = sys.maxsize
 
     def __post_init__(self) -> None:
-        engine = self.table.task("long").trunk.engine
+        engine = self.table.model.queues["long"].engine
         step = engine.step
 
         def counted(works: Any) -> Any:
@@ -185,7 +185,7 @@ class Served:
 
     @property
     def scheduler(self) -> Scheduler:
-        return self.table.task("long").trunk.scheduler
+        return self.table.model.queues["long"].scheduler
 
 
 def until(true: Callable[[], object]) -> None:
@@ -225,7 +225,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             server.should_exit = True
             thread.join(30)
     assert not thread.is_alive()
-    table.close()
+    table.model.close()
 
 
 @both

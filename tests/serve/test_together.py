@@ -44,13 +44,13 @@ def served(*locations: str) -> Iterator[TaskTable]:
     try:
         yield table
     finally:
-        table.close()
+        table.model.close()
 
 
 def bytes_of(table: TaskTable) -> int:
     """Memory of all weights, storage that is shared counted once."""
     storages = {}
-    for trunk in table.trunks:
+    for trunk in dict.fromkeys(table.model.queues.values()):
         assert isinstance(trunk.engine.backend, EagerBackend)
         for tensor in trunk.engine.backend.model.state_dict().values():
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -67,7 +67,7 @@ def test_checkpoints_of_one_trunk_share_it(home: Path, assets: Path) -> None:
     with served(*map(str, folders)) as table:
         assert list(table.tasks) == ["topic", "choice", "tags", "forth", "score", "names", "back"]
         assert all(task.golden is not None and task.golden.reproduced for task in table.tasks.values())
-        bert, gpt2 = table.trunks
+        bert, gpt2 = dict.fromkeys(table.model.queues.values())
         assert set(bert.engine.tasks) == {"topic", "choice", "score", "names"}
         assert set(gpt2.engine.tasks) == {"tags", "forth", "back"}
         backend = gpt2.engine.backend
@@ -179,6 +179,6 @@ def test_prefixes_pass_through_command_and_environment(home: Path, monkeypatch: 
 def test_the_room_for_pasts_is_a_setting(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MTSERVE_MAX_PAST_TOKENS", "77")
     table = load_table(Settings(model=(str(home / "d"),)))
-    table.close()
-    assert table.task("back").trunk.engine.max_past_tokens == 77
+    table.model.close()
+    assert table.model.queues["back"].engine.max_past_tokens == 77
     assert Settings.model_fields["max_past_tokens"].default == 32_768

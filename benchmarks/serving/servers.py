@@ -79,7 +79,7 @@ class Running:
     def resident_bytes(self) -> int:
         """Proportional set size of all of its processes: memory that several share counts once (Linux)."""
         found = 0
-        for pid in _tree(self.process.pid):
+        for pid in descendants(self.process.pid):
             try:
                 rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
             except OSError:
@@ -88,8 +88,8 @@ class Running:
         return found
 
 
-def _tree(root: int) -> list[int]:
-    """Process ids of a process and all that it started."""
+def descendants(root: int) -> list[int]:
+    """Process ids of a process and all that it started, itself first."""
     parents: dict[int, int] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
@@ -124,7 +124,7 @@ def running(server: Server, port: int, home: Path, probe: str) -> Iterator[Runni
             time.sleep(0.3)
         yield made
     finally:
-        pids = _tree(process.pid)
+        pids = descendants(process.pid)
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(_END_S)
@@ -139,11 +139,11 @@ def running(server: Server, port: int, home: Path, probe: str) -> Iterator[Runni
 
 
 def ours(checkpoint: Path, precision: str, **settings: str) -> Server:
-    """mtserve at its defaults but for the precision, so that it equals that of the peers."""
+    """mtserve at its defaults but for the precision, so that it equals that of the peers, and these settings."""
     env = {"MTSERVE_MODEL": json.dumps([str(checkpoint)]), "MTSERVE_PROFILE": precision, **settings}
     argv = [sys.executable, "-m", "bentoml", "serve", SERVICE, "--host", HOST, "--port"]
     return Server(
-        "mtserve",
+        "mtserve" if "MTSERVE_WORKERS" not in settings else f"mtserve, {settings['MTSERVE_WORKERS']} workers",
         precision,
         1,
         lambda port: [*argv, str(port)],

@@ -253,26 +253,30 @@ class EagerBackend:
         placed = [rows[at] for at in order]
         begun = [known[at] for at in order]
         each, begins = list(zip(placed, begun, strict=True)), self.served.first_position
+        pasts, seen, lengths = None, None, counts[order].tolist()
+        fill = 0 if any(row.past is not None for row in rows) else self.served.filling(lengths)
+        none = [np.zeros(fill, np.int32)] if fill else []
         lines = staged(
             (
-                [row.ids[start:] for row, start in each],
-                [row.type_ids[start:] for row, start in each],
-                [np.arange(begins + start, begins + len(row), dtype=np.int32) for row, start in each],
+                [row.ids[start:] for row, start in each] + none,
+                [row.type_ids[start:] for row, start in each] + none,
+                [np.arange(begins + start, begins + len(row), dtype=np.int32) for row, start in each]
+                + [begins + one for one in none],
             ),
             device=self.served.device,
         )
-        pasts, seen, lengths = None, None, counts[order].tolist()
         if any(row.past is not None for row in rows):
             pasts, seen = self.pasts, self.pasts.begin(placed, begun, self.served.like, flat=True)
         hidden = None if pasts is not None or self.graphs is None else self.graphs(lines, lengths)
         if hidden is None:
             layout = (
-                self.served.layout(lengths)
+                self.served.layout(lengths, fill)
                 if seen is None
                 else Rectangle((len(rows), int(counts.max())), seen.place, seen.mask)
             )
             ids, type_ids, positions = sent(lines, self.served.device).unbind()
             hidden = self.served.encode(ids, type_ids, positions, layout, pasts)
+            hidden = hidden[: len(hidden) - fill]
         starts = np.empty(len(rows), np.int32)
         starts[order] = np.cumsum([0, *lengths[:-1]])
         first = self.served.pooled(hidden.index_select(0, self._moved(starts))) if pooled else None

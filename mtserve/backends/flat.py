@@ -43,17 +43,19 @@ class Layout(Protocol):
 class Groups:
     """Fresh rows, those of equal length next to each other: one kernel call a length, and no padding.
 
-    parts   (first token, rows, length of each row)
+    parts     (first token, rows, length of each row)
+    filling   tokens after those of the rows, of which nothing is read
     """
 
     parts: tuple[tuple[int, int, int], ...]
+    filling: int = 0
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, causal: bool, window: int | None
     ) -> Tensor:
         found = []
         for first, rows, length in self.parts:
-            if len(self.parts) == rows == 1:  # nothing to cut, which a short request notices
+            if len(self.parts) == rows == 1 and not self.filling:  # nothing to cut, which a short request notices
                 q, k, v = query[None], key[None], value[None]
             else:
                 q, k, v = (
@@ -70,6 +72,8 @@ class Groups:
                     q, k, v, mask, is_causal=causal and not banded, scale=scale, enable_gqa=len(query) != len(key)
                 )
             found.append(out.transpose(1, 2).flatten(0, 1))
+        if self.filling:
+            found.append(query.new_zeros(self.filling, len(query), value.shape[2]))
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
@@ -197,20 +201,28 @@ MOST_BLOCKED = 128
 """Tokens up to which rows of different lengths share one masked kernel call."""
 
 
-def fresh(lengths: Sequence[int], varlen: torch.device | None = None) -> Layout:
-    """The layout of fresh rows that lie in this order, longest first; with `varlen` for that kernel on a device."""
+def filling(rows: int, tokens: int) -> int:
+    """Tokens to put after those of several rows, so that passes have few sizes: a CPU's kernels are made for each size,
+    which takes milliseconds and, until a thousand of them are kept, memory."""
+    step = 8 if tokens <= 128 else 16 if tokens <= 512 else 64
+    return 0 if rows == 1 else -tokens % step
+
+
+def fresh(lengths: Sequence[int], varlen: torch.device | None = None, *, fill: int = 0) -> Layout:
+    """The layout of fresh rows that lie in this order, longest first, with so many tokens of no row after them; with
+    `varlen` for that kernel on a device."""
     if varlen is not None:
         limits = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
         return Varlen(sent(limits, varlen), max(lengths))
     if lengths[0] == lengths[-1]:
-        return Groups(((0, len(lengths), lengths[0]),))
+        return Groups(((0, len(lengths), lengths[0]),), fill)
     if sum(lengths) <= MOST_BLOCKED:
-        return Block(tuple(lengths))
+        return Block((*lengths, fill) if fill else tuple(lengths))
     parts, first = [], 0
     for length, rows in zip(*_runs(lengths), strict=True):
         parts.append((first, rows, length))
         first += rows * length
-    return Groups(tuple(parts))
+    return Groups(tuple(parts), fill)
 
 
 def _runs(lengths: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -81,9 +81,13 @@ class Served:
         """An empty tensor in the precision and on the device of the states."""
         return torch.empty((), dtype=self.dtype, device=self.device)
 
-    def layout(self, lengths: Sequence[int]) -> flat.Layout:
-        """How fresh rows lie, longest first."""
-        return flat.fresh(lengths, self.like.device if self._varlen else None)
+    def filling(self, lengths: Sequence[int]) -> int:
+        """Tokens of no row that a pass over fresh rows has at its end."""
+        return 0 if self.device.type != "cpu" else flat.filling(len(lengths), sum(lengths))
+
+    def layout(self, lengths: Sequence[int], fill: int = 0) -> flat.Layout:
+        """How fresh rows lie, longest first, before the tokens of no row."""
+        return flat.fresh(lengths, self.like.device if self._varlen else None, fill=fill)
 
     def encode(
         self, ids: Tensor, type_ids: Tensor, positions: Tensor, layout: flat.Layout, pasts: Pasts | None = None

@@ -24,7 +24,8 @@ Invariants (tests/test_scheduler.py holds them):
 8.  What a step holds depends on the order of acceptance and on when the engine was free, on nothing else.
 9.  The running works have room (`tasks.work.room`) in the engine's `max_past_tokens`, and what was kept for others is
     freed when nothing runs.
-10. Once the engine has been idle for IDLE_S after MUCH tokens, `on_idle` is called from its thread, once.
+10. After MUCH tokens, `tidy` is called from the engine's thread, between two rounds: once it was idle for IDLE_S, or
+    TIDY_S after the last time.
 11. The events of a request that is read along come in order and complete, its error after them; what reads them never
     holds up the engine.
 
@@ -54,7 +55,7 @@ from mtserve.waiting import Rate, Waiting
 DEFAULT_QUEUE_TOKENS = 262_144
 DEFAULT_TIMEOUT_S = 60.0
 INTERLEAVE_TOKENS = 512
-IDLE_S, MUCH = 2.0, 16_384
+IDLE_S, TIDY_S, MUCH = 2.0, 60.0, 16_384
 logger = logging.getLogger(__name__)
 
 
@@ -72,7 +73,7 @@ class Scheduler:
         weights: Mapping[str, float] | None = None,
         pool_threads: int = 2,
         observer: Observer | None = None,
-        on_idle: Callable[[], Any] = lambda: None,
+        tidy: Callable[[], Any] = lambda: None,
     ) -> None:
         self.max_queue_tokens = max_queue_tokens
         self.timeout_s = timeout_s
@@ -80,7 +81,7 @@ class Scheduler:
         self.max_wait_s = max_wait_ms / 1000
         self._engine = engine
         self._observer = observer or Observer()
-        self._on_idle, self._since_idle = on_idle, 0  # tokens; the engine's thread alone uses both
+        self._tidy, self._since, self._tidied = tidy, 0, time.monotonic()  # tokens since then; the engine's thread's
         self._changed = threading.Condition()  # guards all that follows
         self._waiting: Waiting[Ticket] = Waiting(weights)
         self._rate = Rate()
@@ -199,7 +200,9 @@ class Scheduler:
             running |= self._step(taken)
             running = self._step(running)
             self._rate.add(tokens, time.monotonic() - began)
-            self._since_idle += tokens
+            self._since += tokens
+            if self._since >= MUCH and began - self._tidied >= TIDY_S:
+                self._tidy_up()
 
     def _busy(self, running: Mapping[Work, Ticket]) -> bool:
         """Wait for something to do; False when closing, and nothing is left."""
@@ -207,14 +210,18 @@ class Scheduler:
             if not (running or self._waiting):
                 self._engine.release()
             while not (running or self._closing) and (left := self._wait_s()) != 0:
-                worked = left is None and self._since_idle >= MUCH
+                worked = left is None and self._since >= MUCH
                 if not self._changed.wait(IDLE_S if worked else left) and worked:
                     break
             else:
                 return bool(running or self._waiting)
-        self._since_idle = 0
-        self._on_idle()  # without the lock, as it may take a while
+        self._tidy_up()
         return self._busy(running)
+
+    def _tidy_up(self) -> None:
+        """Without the lock, as it may take a while."""
+        self._since, self._tidied = 0, time.monotonic()
+        self._tidy()
 
     def _wait_s(self) -> float | None:
         """Seconds until what waits is to start, if the engine is free; None where nothing waits."""

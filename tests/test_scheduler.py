@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -676,14 +677,14 @@ def test_the_tokenizer_runs_off_the_event_loop() -> None:
     run(check, FakeEngine())
 
 
-def test_an_engine_that_rests_after_much_work_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_much_work_an_idle_engine_tidies_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtserve.scheduler.IDLE_S", 0.05)
     monkeypatch.setattr("mtserve.scheduler.MUCH", 40)
     rests: list[str] = []
     engine = FakeEngine()
 
     async def main() -> None:
-        scheduler = Scheduler(engine, on_idle=lambda: rests.append(threading.current_thread().name))
+        scheduler = Scheduler(engine, tidy=lambda: rests.append(threading.current_thread().name))
         try:
             for _ in range(2):
                 await scheduler.submit([work_of(Job(text=1, tokens=15))])
@@ -701,6 +702,25 @@ def test_an_engine_that_rests_after_much_work_is_told_once(monkeypatch: pytest.M
 
     asyncio.run(main())
     assert set(rests) == {"mtserve-engine"}
+
+
+def test_a_busy_engine_tidies_up_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtserve.scheduler.TIDY_S", 0.3)
+    monkeypatch.setattr("mtserve.scheduler.MUCH", 10)
+    times: list[float] = []
+
+    async def main() -> None:
+        scheduler = Scheduler(FakeEngine(), tidy=lambda: times.append(time.monotonic()))
+        end = time.monotonic() + 1.5
+        try:
+            while time.monotonic() < end:
+                await scheduler.submit([work_of(Job(text=1, tokens=15))])
+        finally:
+            scheduler.close()
+
+    asyncio.run(main())
+    assert len(times) in (3, 4)
+    assert all(later - before >= 0.29 for before, later in pairwise(times))
 
 
 def test_several_engines_compute_in_one_thread() -> None:

@@ -333,7 +333,7 @@ def _whole(path: str) -> str:
 
 def soaked(bench: Bench) -> Lines:
     servers = [ours(bench.checkpoint, "fp32")]
-    return soak(servers, bench.start, bench.texts, TASKS, seconds=bench.soak_s, rate=40.0)
+    return soak(servers, bench.start, bench.texts, TASKS, seconds=bench.soak_s, rate=20.0)
 
 
 def faulty(bench: Bench) -> Lines:

@@ -198,7 +198,7 @@ def _queue(loaded: _Loaded, settings: Settings, observer: Observer, thread: Thre
         max_wait_ms=settings.max_wait_ms,
         weights=settings.weights,
         observer=observer,
-        on_idle=trim_memory,
+        tidy=trim_memory,
     )
     return Queue(loaded.engine, scheduler)
 

@@ -719,7 +719,7 @@ def test_a_busy_engine_tidies_up_now_and_then(monkeypatch: pytest.MonkeyPatch) -
             scheduler.close()
 
     asyncio.run(main())
-    assert len(times) in (3, 4)
+    assert 3 <= len(times) <= 5
     assert all(later - before >= 0.29 for before, later in pairwise(times))
 
 

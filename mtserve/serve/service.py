@@ -33,6 +33,7 @@ from mtserve.serve.loading import check_settings, load_table
 from mtserve.serve.metrics import metrics
 from mtserve.serve.process import remote_table
 from mtserve.serve.remote import wait_for_facts
+from mtserve.serve.share import wait_briefly
 from mtserve.serve.supervision import give_up, refuse, supervise
 from mtserve.serve.table import Root, TaskTable
 from mtserve.settings import Settings, read_settings
@@ -74,6 +75,7 @@ def _prepare(service: str) -> None:
     except SetupError as error:
         refuse(error)
     if supervise():
+        wait_briefly()
         make_home()
         if _workers(service) > 1:
             keep_model()

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtserve.errors import MissingExtraError
 from mtserve.manifest import Speed
 from mtserve.settings import Settings
+
+SPINS = "3000"
+
+
+def wait_briefly() -> None:
+    """In the parent, before it starts what computes: let GNU OpenMP's threads give their core away soon while they wait
+    for each other, unless the environment says how.
+
+    By default they spin for milliseconds. Where anything else wants a core for a while, the thread that the others wait
+    for is not running, and they keep it from running: each operation then takes a time slice of the scheduler.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 @dataclass

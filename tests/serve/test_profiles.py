@@ -15,7 +15,7 @@ from mtserve.manifest import FP32, Profile, Speed
 from mtserve.profiles import Hardware
 from mtserve.sealing import accept_profiles
 from mtserve.serve.loading import load_table
-from mtserve.serve.share import Share
+from mtserve.serve.share import Share, wait_briefly
 from mtserve.serve.table import TaskTable
 from mtserve.settings import Settings
 from tests.serve.conftest import sealed
@@ -126,3 +126,11 @@ def test_what_was_tuned_on_equal_hardware_is_used(
     table = opened(accepting(homes[0], tmp_path / "a", fp32=speed(100), bf16=best), workers=workers, **given)
     assert machine_of_four == told
     assert table.trunks[0].threads == next(one for one in reversed(told) if one != "keep")
+
+
+def test_threads_of_a_server_wait_briefly_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, found in (({}, "3000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)):
+        environment = {**given}
+        monkeypatch.setattr("os.environ", environment)
+        wait_briefly()
+        assert environment.get("GOMP_SPINCOUNT") == found

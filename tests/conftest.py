@@ -10,6 +10,7 @@ import tempfile
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="tables-")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # processes of several tests compute at once on the same cores
 os.environ.setdefault("MTSERVE_CAPTURE", "false")  # seconds for every server that a test starts; tests/test_serving.py
 
 import pytest

@@ -141,13 +141,11 @@ def test_attention_of_each_layout(lengths: list[int], causal: bool, window: int 
         first += length
 
 
-def test_passes_of_many_rows_have_few_sizes() -> None:
+def test_passes_have_few_sizes() -> None:
     """Else kernels would be made, and kept, for every number of tokens."""
-    tokens = range(2, 4097)
-    sizes = {total + flat.filling(2, total) for total in tokens}
-    assert len(sizes) == 96
-    assert all(0 <= flat.filling(2, total) < max(9, total / 8) for total in tokens)
-    assert not any(flat.filling(1, total) for total in tokens)  # a short request alone is not to wait
+    tokens = range(1, 4097)
+    assert len({total + flat.filling(total) for total in tokens}) == 100
+    assert all(0 <= flat.filling(total) < max(4, total / 4) for total in tokens)
     small = tiny("bert")
     encode, seen = small.engine.backend.served.encode, set[int]()
 
@@ -157,10 +155,10 @@ def test_passes_of_many_rows_have_few_sizes() -> None:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(small.engine.backend.served, "encode", noting)
-        for count in range(2, 20):
+        for count in range(1, 20):
             small.engine.predict("topic", ["good " * (at % 5 + 1) + str(at) for at in range(count)])
     assert len(seen) > 3
-    assert all(size % 8 == 0 for size in seen)
+    assert all(size % 4 == 0 for size in seen)
 
 
 def test_serving_and_training_share_weights_and_no_config() -> None:

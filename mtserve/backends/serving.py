@@ -83,7 +83,7 @@ class Served:
 
     def filling(self, lengths: Sequence[int]) -> int:
         """Tokens of no row that a pass over fresh rows has at its end."""
-        return 0 if self.device.type != "cpu" else flat.filling(len(lengths), sum(lengths))
+        return 0 if self.device.type != "cpu" else flat.filling(sum(lengths))
 
     def layout(self, lengths: Sequence[int], fill: int = 0) -> flat.Layout:
         """How fresh rows lie, longest first, before the tokens of no row."""

@@ -10,7 +10,7 @@ from mtserve.errors import MissingExtraError
 from mtserve.manifest import Speed
 from mtserve.settings import Settings
 
-SPINS = "3000"
+SPINS = "10000"
 
 
 def wait_briefly() -> None:

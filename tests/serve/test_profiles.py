@@ -129,7 +129,7 @@ def test_what_was_tuned_on_equal_hardware_is_used(
 
 
 def test_threads_of_a_server_wait_briefly_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    for given, found in (({}, "3000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)):
+    for given, found in (({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)):
         environment = {**given}
         monkeypatch.setattr("os.environ", environment)
         wait_briefly()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtserve.observer import Observer, Ran, Reason
@@ -125,10 +126,13 @@ class _OfTrunk(Observer):
 def exposition() -> tuple[bytes, int, None, str]:
     """(body, status, headers, media type) of the answer to Prometheus, of all processes of the server."""
     from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
-    from prometheus_client.multiprocess import MultiProcessCollector
+    from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
     registry = REGISTRY
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+    if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        for pid in {path.stem.rpartition("_")[2] for path in Path(folder).glob("gauge_live*_*.db")}:
+            if not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+                mark_process_dead(pid)  # type: ignore[no-untyped-call]  # else what waited in it would wait for ever
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return generate_latest(registry), 200, None, CONTENT_TYPE_LATEST

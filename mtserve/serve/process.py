@@ -122,12 +122,14 @@ async def _answer(model: Model, frame: dict[str, Any], writer: asyncio.StreamWri
         else:
             outputs, usage = await model.predict(asked, items, timeout_s=timeout_s)
             answer = {"outputs": outputs, "usage": usage.as_dict()}
+        frame_out = packed({"id": number, **answer})
     except MtserveError as error:
-        answer = {"error": error_frame(error)}
-    except Exception:
+        frame_out = packed({"id": number, "error": error_frame(error)})
+    except Exception:  # whatever it is, the question must end, and the process go on
         logger.exception("request %s failed in the model process", frame["request_id"])
-        answer = {"error": error_frame(MtserveError("the model process failed; the server's log has the reason"))}
-    writer.write(packed({"id": number, **answer}))
+        failed = MtserveError("the model process failed; the server's log has the reason")
+        frame_out = packed({"id": number, "error": error_frame(failed)})
+    writer.write(frame_out)
 
 
 def _when_input_ends(stop: Any) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import cache
 from typing import Any
 
 from mtserve.errors import InputError, MtserveError, OverloadedError, Problem
@@ -71,6 +72,7 @@ def error_of(frame: dict[str, Any]) -> MtserveError:
     return error
 
 
+@cache
 def _classes() -> dict[str, type[MtserveError]]:
     """Every class of error by its code."""
     found, left = {}, [MtserveError]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +98,15 @@ def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     documented = (ROOT / "docs/serving.md").read_text()
     ours = {family.name for family in REGISTRY.collect() if family.name.startswith("mtserve_")}
     assert not [name for name in ours if name not in documented]
+
+
+def test_gauges_of_processes_that_ended_are_forgotten(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from mtserve.serve.metrics import exposition, metrics\n"
+        "metrics().observer('abc').waiting(rows=3, tokens=9)\n"
+        "print(exposition()[0].decode())"
+    )
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    for _ in range(2):  # the second finds what the first has left
+        ended = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert 'mtserve_queue_rows{trunk="abc"} 3.0' in ended.stdout

@@ -130,7 +130,9 @@ class Held:
             raise
         if items == ["bug"]:
             raise ZeroDivisionError("a secret")
-        return {"topic": items}, (await LocalModel({}).predict({}, [], timeout_s=1))[1]
+        return {"topic": [float("nan")] if items == ["no JSON"] else items}, (
+            await LocalModel({}).predict({}, [], timeout_s=1)
+        )[1]
 
     async def stream(self, asked: Any, items: Any, *, timeout_s: float) -> AsyncIterator[Any]:
         for number in range(1000):
@@ -167,6 +169,8 @@ def test_questions_do_not_wait_for_each_other_and_those_nobody_waits_for_are_giv
             with pytest.raises(MtserveError, match="log has the reason") as caught:
                 await remote.predict({"topic": None}, ["bug"], timeout_s=30)
             assert "secret" not in str(caught.value)
+            with pytest.raises(MtserveError, match="log has the reason"):  # what is no JSON ends its question too
+                await remote.predict({"topic": None}, ["no JSON"], timeout_s=30)
             assert not remote._connection._waiting  # type: ignore[union-attr]
 
     run(main())

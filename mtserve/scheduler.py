@@ -7,7 +7,8 @@ Invariants (tests/test_scheduler.py holds them):
 2.  A request is accepted whole or refused whole. It is refused with OverloadedError while its tokens do not fit beside
     those that wait, and always with TooLargeError if they would not fit into an empty queue: sending it again later
     cannot help, so the answer does not depend on the load. OverloadedError says in how many seconds what waits now will
-    have drained, at the rate of late.
+    have drained, at the rate of late. While nothing more would fit behind those that wait and are being prepared, a
+    request is refused before it is prepared (`refuse`: before it is read), so that refusing costs little.
 3.  A round takes waiting works and steps them alone; then every running work (of many steps, those that just began
     among them) takes one step. What a step finished is delivered, and what it has to read along is told, before the
     next one. So a work that comes while others run waits for the step under way, and for one of the running works if
@@ -35,20 +36,20 @@ loop and the engine thread do neither.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from mtserve.errors import CapacityError, MtserveError, OverloadedError, TooLargeError
+from mtserve.errors import CapacityError, DeadlineError, MtserveError, OverloadedError, TooLargeError
 from mtserve.observer import Observer, Reason
 from mtserve.stepper import Stepper
 from mtserve.tasks.work import Work, fits
+from mtserve.text_pool import TextPool
 from mtserve.ticket import Ticket, late
 from mtserve.waiting import Rate, Waiting
 
@@ -87,7 +88,7 @@ class Scheduler:
         self._rate = Rate()
         self._open: set[Ticket] = set()
         self._closing = False
-        self._pool = ThreadPoolExecutor(pool_threads, thread_name_prefix="mtserve-text")
+        self._texts = TextPool(pool_threads)
         self._thread = threading.Thread(target=self._serve, name="mtserve-engine", daemon=True)
         self._thread.start()
 
@@ -99,17 +100,21 @@ class Scheduler:
         deadline: float,
         stream: bool = False,
     ) -> dict[str, list[Work]]:
-        """`engine.prepare_tasks` in the pool. Raises what that raises, CapacityError or DeadlineError."""
+        """`engine.prepare_tasks` in the pool. Raises what that raises, what `refuse` raises, or DeadlineError."""
         task = next(iter(asked))
-        with self._changed:
-            self._refuse(task, 0)
+        self.refuse(task)
         call = partial(self._engine.prepare_tasks, asked, items, stream=stream)
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                return await asyncio.get_running_loop().run_in_executor(self._pool, call)
-        except TimeoutError as error:
+            return await self._texts.prepare(call, deadline=deadline)
+        except DeadlineError:
             self._observer.dropped(task, "deadline")
-            raise late() from error
+            raise
+
+    def refuse(self, task: str) -> None:
+        """Raise OverloadedError or CapacityError if a request would not be accepted, however small it is. Counts what
+        is being prepared; for the event loop's thread."""
+        with self._changed:
+            self._refuse(task, 0, coming=self._texts.coming)
 
     def accept(self, works: Sequence[Work], *, deadline: float | None = None, stream: bool = False) -> Ticket:
         """Queue a request; one to be read along by `Ticket.events` is queued from the event loop that will read.
@@ -152,11 +157,11 @@ class Scheduler:
             with self._changed:
                 for ticket in list(self._open):
                     self._settle(ticket, error=_closed(), reason="closing")
-        self._pool.shutdown(wait=drained)
+        self._texts.close(wait=drained)
 
-    def _refuse(self, task: str, tokens: int) -> None:
-        """Raise if that many tokens cannot be queued now."""
-        waiting, most = self._waiting.tokens, self.max_queue_tokens
+    def _refuse(self, task: str, tokens: int, *, coming: int = 0) -> None:
+        """Raise if that many tokens cannot be queued now, or not behind those that are coming."""
+        waiting, most = self._waiting.tokens + coming, self.max_queue_tokens
         if self._closing:
             self._observer.dropped(task, "closing")
             raise _closed()
@@ -299,7 +304,7 @@ class Scheduler:
         with self._changed:
             if ticket.unfinished or ticket.over:
                 return
-            decoded = self._pool.submit(lambda: [self._engine.finish(work) for work in ticket.works])
+            decoded = self._texts.submit(lambda: [self._engine.finish(work) for work in ticket.works])
         decoded.add_done_callback(partial(self._decoded, ticket))
 
     def _decoded(self, ticket: Ticket, decoded: Future[list[Any]]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from mtserve import cli
 from tests.tiny import tiny, write_checkpoint
 
 COMMANDS = ["train", "serve", "predict", "inspect", "tune", "demo", "import notebook", "import models", "heads split"]
@@ -22,12 +26,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """The command in this process, which has its imports done."""
+    argv = ["mtserve", *map(str, arguments)]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        patch("sys.argv", argv),
+        patch("sys.stdin", io.StringIO(stdin)),
+        patch("os.execve", side_effect=AssertionError("a server would take the place of this process")),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+
+
+def process(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """The command as a user has it."""
     argv = [sys.executable, "-m", "mtserve", *map(str, arguments)]
     return subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_every_command_has_help_with_an_example_first() -> None:
-    listed = run("--help").stdout
+    listed = process("--help").stdout
     for command in COMMANDS:
         assert command.split()[0] in listed
         shown = run(*command.split(), "--help")
@@ -36,7 +59,7 @@ def test_every_command_has_help_with_an_example_first() -> None:
 
 
 def test_predict_prints_one_json_line_an_input(model: Path) -> None:
-    done = run("predict", model, "good", "bad", "--task", "topic", "--task", "names", "--task", "tags")
+    done = process("predict", model, "good", "bad", "--task", "topic", "--task", "names", "--task", "tags")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(lines) == 2
@@ -111,7 +134,7 @@ def test_inspect_verify_finds_a_changed_byte(model: Path, tmp_path: Path) -> Non
 
 
 def test_train_passes_on_what_the_child_says(tmp_path: Path) -> None:
-    done = run("train", tmp_path / "no.yaml")
+    done = process("train", tmp_path / "no.yaml")
     assert done.returncode == 2
     assert "no.yaml" in done.stderr
 

@@ -209,6 +209,36 @@ def test_2_a_full_queue_refuses_before_tokenising() -> None:
     run(check, FakeEngine(), max_queue_tokens=10)
 
 
+def test_2_what_is_being_prepared_counts_as_much_as_requests_of_late_had() -> None:
+    async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
+        soon = time.monotonic() + 10
+        for _ in range(200):  # the average is there
+            await scheduler.submit((await scheduler.prepare({"fake": None}, [Job(text=1, tokens=10)], deadline=soon))["fake"])
+        held = threading.Event()
+        prepare_tasks = engine.prepare_tasks
+
+        def held_up(*args: Any, **more: Any) -> Any:
+            assert held.wait(10)
+            return prepare_tasks(*args, **more)
+
+        engine.prepare_tasks = held_up  # type: ignore[method-assign]
+        under_way = [
+            asyncio.ensure_future(scheduler.prepare({"fake": None}, [Job(text=2, tokens=10)], deadline=soon))
+            for _ in range(30)
+        ]
+        await asyncio.sleep(0)
+        refused = [one for one in under_way if one.done()]
+        assert len(refused) == 20  # 100 tokens are there already
+        assert all(isinstance(one.exception(), OverloadedError) for one in refused)
+        with pytest.raises(OverloadedError):
+            scheduler.refuse("fake")
+        held.set()
+        assert len(await asyncio.gather(*(one for one in under_way if one not in refused))) == 10
+        scheduler.refuse("fake")  # nothing is coming any more: no error
+
+    run(check, FakeEngine(), max_queue_tokens=100)
+
+
 @settings(max_examples=100)
 @given(
     first=st.lists(roomy, min_size=1, max_size=20),

@@ -137,6 +137,7 @@ async def _answered(request: Request, table: TaskTable) -> Response:
     """The answer of one task, whole or as a stream."""
     served = table.task(request.path_params["task"])
     exchange().tasks = (served.name,)
+    table.model.refuse(served.name)
     body = await read_object(request, table.settings, fields=TASK_FIELDS)
     _note_inputs(table, body)
     asked = (table, served, body["inputs"], body.get("parameters", {}))

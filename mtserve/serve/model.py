@@ -60,6 +60,11 @@ class Model(Protocol):
         `predict`; what is wrong with the request before the first event."""
         ...
 
+    def refuse(self, task: str) -> None:
+        """Raise OverloadedError or CapacityError if no request for the task would be accepted now, however small it
+        is, as far as is known without waiting: so that it is not read."""
+        ...
+
     async def check(self) -> None:
         """Raise CapacityError if nothing can be answered now."""
         ...
@@ -117,6 +122,9 @@ class LocalModel:
         async with aclosing(scheduler.accept(works[name], deadline=deadline, stream=True).events()) as events:
             async for event in events:
                 yield event
+
+    def refuse(self, task: str) -> None:
+        self.queues[task].scheduler.refuse(task)
 
     async def check(self) -> None:
         """What is in this process is there."""

@@ -65,6 +65,9 @@ class RemoteModel:
             while "end" not in (answer := await _next(answers, end - time.monotonic())):
                 yield answer["event"]
 
+    def refuse(self, task: str) -> None:
+        """Only the process knows."""
+
     async def check(self) -> None:
         await self._connected()
 

@@ -6,7 +6,8 @@ import asyncio
 import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -264,19 +265,48 @@ def failing(table: TaskTable, monkeypatch: pytest.MonkeyPatch, error: Exception)
     monkeypatch.setattr(table.model.queues["topic"].scheduler, "prepare", prepare)
 
 
-def test_429_says_when_to_come_back(client: TestClient, table: TaskTable, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def full(table: TaskTable, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if 600 tokens waited for a busy engine, which does 100 a second."""
     scheduler, rate = table.model.queues["topic"].scheduler, Rate()
     rate.add(tokens=100, seconds=1)
     monkeypatch.setattr(scheduler, "_rate", rate)
-    with scheduler._changed:  # as if that many tokens waited for a busy engine
+    with scheduler._changed:
         scheduler._waiting.tokens += 600
     try:
-        response = client.post("/tasks/topic", json={"inputs": "x"})
+        yield
     finally:
         with scheduler._changed:
             scheduler._waiting.tokens -= 600
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/tasks/topic", {"inputs": "x"}), ("/predict", {"inputs": "x", "tasks": ["topic"]})]
+)
+def test_429_says_when_to_come_back(
+    client: TestClient, table: TaskTable, monkeypatch: pytest.MonkeyPatch, path: str, body: Any
+) -> None:
+    with full(table, monkeypatch):
+        response = client.post(path, json=body)
     error(response, 429, "overloaded")
     assert response.headers["retry-after"] == "6"
+
+
+def test_a_full_queue_refuses_before_the_body_is_read(
+    table: TaskTable, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Any] = []
+    scope = {"type": "http", "method": "POST", "path": "/tasks/topic", "headers": [], "query_string": b""}
+
+    async def receive() -> Any:
+        raise AssertionError("somebody reads")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    with full(table, monkeypatch):
+        asyncio.run(make_app(Root(table), assets=assets)(scope, receive, send))
+    assert sent[0]["status"] == 429
 
 
 def test_a_client_that_goes_away_cancels_its_request(

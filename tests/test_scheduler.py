@@ -213,7 +213,9 @@ def test_2_what_is_being_prepared_counts_as_much_as_requests_of_late_had() -> No
     async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
         soon = time.monotonic() + 10
         for _ in range(200):  # the average is there
-            await scheduler.submit((await scheduler.prepare({"fake": None}, [Job(text=1, tokens=10)], deadline=soon))["fake"])
+            await scheduler.submit(
+                (await scheduler.prepare({"fake": None}, [Job(text=1, tokens=10)], deadline=soon))["fake"]
+            )
         held = threading.Event()
         prepare_tasks = engine.prepare_tasks
 

@@ -10,13 +10,14 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from benchmarks.encoding.contestants import ROOT
 from benchmarks.measuring import Lines, say
 from benchmarks.serving.servers import HOST, Running, Server
 
-CHUNK_S = 15.0
+CHUNK_S, SAMPLE_S = 15.0, 1.0
 
 
 def requests(texts: Sequence[str], tasks: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -46,19 +47,25 @@ def requests(texts: Sequence[str], tasks: Sequence[str]) -> Iterator[tuple[str, 
 
 def soak(servers: Sequence[Server], start: Any, texts: Sequence[str], tasks: Sequence[str], *, seconds: float,
          rate: float) -> Lines:  # fmt: skip
-    """`start(server)` is a context in which one runs. Growth is from the minutes 2 and 3 to the last two."""
+    """`start(server)` is a context in which one runs. It is warmed up by requests of one to 200 texts, so that kernels
+    for most sizes of a pass are there. Growth is from the minutes 2 and 3 to the last two, of the medians of samples,
+    since what is freed goes back to the system once a minute."""
     lines: Lines = []
     for server in servers:
         with start(server) as one:
-            source, found, statuses, late = requests(texts, tasks), list[int](), Counter[str](), list[float]()
+            for many in [*range(1, 41), *range(44, 201, 4)]:
+                one.ask(*server.asks(tasks[many % len(tasks)], [f"{texts[at]} {many}" for at in range(many)]))
+            source, found, statuses, late = requests(texts, tasks), list[list[int]](), Counter[str](), list[float]()
             for _ in range(round(seconds / CHUNK_S)):
-                outcome = _load(one, [*itertools.islice(source, int(rate * CHUNK_S))], rate)
+                outcome, sampled = _load(one, [*itertools.islice(source, int(rate * CHUNK_S))], rate)
                 statuses.update(outcome["statuses"])
                 late.append(sorted(outcome["latencies"])[int(0.99 * len(outcome["latencies"]))])
-                found.append(one.resident_bytes())
-                say(f"  {server.name}: {found[-1] / 2**20:.1f} MiB, p99 {late[-1] * 1e3:.0f} ms, {dict(statuses)}")
+                found.append(sampled)
+                middle = statistics.median(sampled) / 2**20
+                say(f"  {server.name}: {middle:.1f} MiB, p99 {late[-1] * 1e3:.0f} ms, {dict(statuses)}")
         minute = round(60 / CHUNK_S)
-        early, last = (statistics.median(part) for part in (found[minute : 3 * minute], found[-2 * minute :]))
+        parts = found[minute : 3 * minute], found[-2 * minute :]
+        early, last = (statistics.median(itertools.chain(*part)) for part in parts)
         lines.append(
             {
                 "server": server.name, "precision": server.precision, "minutes": seconds / 60, "sent/s": rate,
@@ -69,9 +76,16 @@ def soak(servers: Sequence[Server], start: Any, texts: Sequence[str], tasks: Seq
     return lines
 
 
-def _load(one: Running, asked: Sequence[tuple[str, str]], rate: float) -> dict[str, Any]:
+def _load(one: Running, asked: Sequence[tuple[str, str]], rate: float) -> tuple[dict[str, Any], list[int]]:
+    """The outcome, and the server's bytes on the way."""
     job = {"host": HOST, "port": one.port, "rate": rate, "seconds": CHUNK_S, "requests": asked}
     argv = [sys.executable, str(ROOT / "benchmarks/serving/load.py")]
-    done = subprocess.run(argv, input=json.dumps(job), capture_output=True, text=True, check=True, timeout=300)
-    outcome: dict[str, Any] = json.loads(done.stdout)
-    return outcome
+    sampled: list[int] = []
+    with ThreadPoolExecutor(1) as beside:
+        running = beside.submit(
+            subprocess.run, argv, input=json.dumps(job), capture_output=True, text=True, check=True, timeout=300
+        )
+        while not wait([running], timeout=SAMPLE_S).done:
+            sampled.append(one.resident_bytes())
+    outcome: dict[str, Any] = json.loads(running.result().stdout)
+    return outcome, sampled or [one.resident_bytes()]

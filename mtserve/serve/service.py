@@ -17,6 +17,7 @@ import bentoml
 from bentoml._internal import server as bentoml_server
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.resource import system_resources
+from bentoml._internal.utils.analytics import usage_stats
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
@@ -48,6 +49,13 @@ def _settings() -> Settings:
         return read_settings()
     except ConfigError:
         return Settings.model_construct()
+
+
+def do_not_track() -> None:
+    """BentoML tells its makers how it is used, unless `BENTOML_DO_NOT_TRACK` says not to; it has read that already when
+    this is imported, and keeps what it found. Here it is off unless the operator has turned it on."""
+    os.environ.setdefault(usage_stats.BENTOML_DO_NOT_TRACK, "True")
+    usage_stats.do_not_track.cache_clear()
 
 
 def _speak() -> None:
@@ -177,4 +185,5 @@ def _ended(exchange: Exchange, **how: Any) -> None:
     metrics().ended(exchange, **how)  # they are made with the first table
 
 
+do_not_track()
 service = make_service()

@@ -56,7 +56,7 @@ from mtserve.waiting import Rate, Waiting
 DEFAULT_QUEUE_TOKENS = 262_144
 DEFAULT_TIMEOUT_S = 60.0
 INTERLEAVE_TOKENS = 512
-IDLE_S, TIDY_S, MUCH = 2.0, 60.0, 16_384
+IDLE_S, TIDY_S, MUCH = 2.0, 10.0, 16_384
 logger = logging.getLogger(__name__)
 
 

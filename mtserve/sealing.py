@@ -13,24 +13,21 @@ Invariants (tests/test_sealing.py holds them):
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mtserve.checkpoint import Checkpoint, fingerprint, sha256_file
+from mtserve.checkpoint import Checkpoint, fingerprint
 from mtserve.errors import CheckpointError
+from mtserve.folder import Writer, refuse_foreign, remove_unnamed, replace
 from mtserve.manifest import (
     FORMAT,
     MANIFEST,
-    FileEntry,
     GoldenRow,
     Manifest,
     Profile,
@@ -92,7 +89,7 @@ def seal(
     `extras` are files that the card shows, by their names, `figures/…`; those of an older version are removed. Raises
     CheckpointError if the folder holds something else, or a checkpoint with another tokenizer or trunk config.
     """
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     for name in extras:
         if not _FIGURE.fullmatch(name):
             raise CheckpointError(f"{name!r} is no name of an extra file; allowed: figures/ and a plain file name")
@@ -102,14 +99,14 @@ def seal(
         except ValueError as error:
             raise CheckpointError(str(error)) from error
     folder.mkdir(parents=True, exist_ok=True)
-    writer = _Writer(folder)
+    writer = Writer(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".sealing-") as aside:
         trunk.write(Path(aside))
         writer.fixed("tokenizer.json", tokenizer_json.encode())
         writer.fixed("trunk/config.json", (Path(aside) / "config.json").read_bytes())
         weights = writer.move(Path(aside) / "model.safetensors", "trunk/model-{}.safetensors")
     mark = fingerprint(folder / weights, tokenizer_json, text)
-    entries = [_seal_task(writer, task, mark) for task in tasks]
+    entries = [seal_task(writer, task, mark) for task in tasks]
     entry = TrunkEntry(
         fingerprint=mark,
         weights=weights,
@@ -122,13 +119,13 @@ def seal(
     )
     parts = {"trunk": entry, "text": text, "tasks": entries, "files": writer.files, "provenance": provenance}
     manifest = checked_manifest({"format": FORMAT, "written_by": written_by, **parts}, folder / MANIFEST)
-    _commit(folder, manifest)
+    commit(folder, manifest)
     # Plain AutoModel.from_pretrained(trunk/) finds the weights through this index; nothing of ours reads it.
     index = {"metadata": {}, "weight_map": dict.fromkeys(read_header(folder / weights), Path(weights).name)}
-    _replace(folder / INDEX, json.dumps(index, indent=1).encode())
+    replace(folder / INDEX, json.dumps(index, indent=1).encode())
     for name, content in {**extras, "README.md": card.encode()}.items():
-        _replace(folder / name, content)
-    _remove_unnamed(folder, {*writer.files, *extras, INDEX})
+        replace(folder / name, content)
+    remove_unnamed(folder, {*writer.files, *extras, INDEX})
     return Checkpoint.open(folder)
 
 
@@ -141,15 +138,15 @@ def accept_profiles(checkpoint: Checkpoint, profiles: Mapping[str, Profile]) -> 
         raise CheckpointError(f"{checkpoint.folder} was written anew since it was opened; nothing is changed")
     raw = checkpoint.manifest.model_dump(mode="json")
     raw["profiles"] = {name: profile.model_dump(mode="json") for name, profile in profiles.items()}
-    _commit(checkpoint.folder, checked_manifest(raw, checkpoint.folder / MANIFEST))
+    commit(checkpoint.folder, checked_manifest(raw, checkpoint.folder / MANIFEST))
     return Checkpoint.open(checkpoint.folder)
 
 
-def _commit(folder: Path, manifest: Manifest) -> None:
-    _replace(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+def commit(folder: Path, manifest: Manifest) -> None:
+    replace(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
 
 
-def _seal_task(writer: _Writer, task: TaskPart, trunk: str) -> TaskEntry:
+def seal_task(writer: Writer, task: TaskPart, trunk: str) -> TaskEntry:
     home, weights, config = f"heads/{task.name}", None, None
     if task.write is not None:
         with tempfile.TemporaryDirectory(dir=writer.folder, prefix=".sealing-") as aside:
@@ -170,84 +167,3 @@ def _seal_task(writer: _Writer, task: TaskPart, trunk: str) -> TaskEntry:
         calibration=writer.jsonl(f"calibration/{task.name}-{{}}.jsonl", task.calibration),
         metrics=dict(task.metrics),
     )
-
-
-class _Writer:
-    """Puts files into a checkpoint folder by the hash of their content, and keeps the list for the manifest."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files: dict[str, FileEntry] = {}
-
-    def move(self, source: Path, pattern: str) -> str:
-        """Move a finished file to its name by hash; returns the name."""
-        _sync(source)
-        digest = sha256_file(source)
-        name = pattern.format(digest[:16])
-        target = self.folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        source.chmod(0o644)  # safetensors writes for the owner alone; a server often runs as another user
-        source.replace(target)
-        _sync(target.parent)
-        self.files[name] = FileEntry(size=target.stat().st_size, sha256=digest)
-        return name
-
-    def write(self, pattern: str, content: bytes) -> str:
-        """Write bytes to a name by hash (or to a fixed one); returns the name."""
-        digest = hashlib.sha256(content).hexdigest()
-        name = pattern.format(digest[:16])
-        _replace(self.folder / name, content)
-        self.files[name] = FileEntry(size=len(content), sha256=digest)
-        return name
-
-    def jsonl(self, pattern: str, records: Iterable[Mapping[str, Any]]) -> str | None:
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        return self.write(pattern, "".join(lines).encode()) if lines else None
-
-    def fixed(self, name: str, content: bytes) -> None:
-        """Write a file that must not change while the folder lives."""
-        target = self.folder / name
-        if target.exists() and target.read_bytes() != content:
-            raise CheckpointError(f"{target} would change: write a checkpoint of another trunk into another folder")
-        self.write(name, content)
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """A folder without a manifest must hold nothing, since sealing removes what no manifest names."""
-    if folder.exists() and not (folder / MANIFEST).exists():
-        found = [folder] if not folder.is_dir() else [p for p in folder.iterdir() if not p.name.startswith(".sealing-")]
-        if found:
-            raise CheckpointError(f"{folder} holds something else ({min(found).name}); choose an empty folder")
-
-
-def _remove_unnamed(folder: Path, named: set[str]) -> None:
-    """Remove what earlier versions of the checkpoint left; only inside the format's own folders."""
-    for home in ("trunk", "heads", "golden", "calibration", "figures"):
-        for path in sorted((folder / home).rglob("*"), reverse=True):
-            if path.is_dir():
-                if not any(path.iterdir()):
-                    path.rmdir()
-            elif path.relative_to(folder).as_posix() not in named:
-                path.unlink()
-    for left in folder.glob(".sealing-*"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file aside, sync it and put it in place at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.aside")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

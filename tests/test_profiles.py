@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -154,9 +155,9 @@ def test_a_crash_while_accepting_leaves_the_old_manifest(
     def crash(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path if step == "open" else sealing.os, step, crash)
+    monkeypatch.setattr(Path if step == "open" else os, step, crash)
     with pytest.raises(KeyboardInterrupt):
-        sealing._commit(checkpoint.folder, checkpoint.manifest.model_copy(update={"written_by": "x"}))
+        sealing.commit(checkpoint.folder, checkpoint.manifest.model_copy(update={"written_by": "x"}))
     monkeypatch.undo()
     assert Checkpoint.open(checkpoint.folder).manifest == checkpoint.manifest
     accept_profiles(checkpoint, {"fp32": FP32, "bf16": Profile(tolerance=0.1)}).verify()

@@ -149,7 +149,7 @@ def test_a_crash_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(
 
         return call
 
-    monkeypatch.setattr(sealing.os, "replace", counted(os.replace))
+    monkeypatch.setattr(os, "replace", counted(os.replace))
     monkeypatch.setattr(Path, "replace", counted(Path.replace))
     monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
     old_tasks = {task.name for task in Checkpoint.open(folder).manifest.tasks}

@@ -153,7 +153,9 @@ class RunConfig(Section):
     trunk: str
     trunk_name: str | None = Field(default=None, description="What the card calls the trunk; by default its location.")
     output: str
-    result: Literal["checkpoint", "trunk"] = Field(default="checkpoint", description="What is written at the end.")
+    result: Literal["checkpoint", "trunk", "heads"] = Field(
+        default="checkpoint", description="What is written: heads are added to the checkpoint that `trunk` names."
+    )
     overwrite: bool = False
     resume: bool = Field(default=False, description="Go on from the last saved state of this very run.")
     seed: int = Field(default=0, ge=0)
@@ -197,6 +199,18 @@ class RunConfig(Section):
     def _steps_by_trunk(cls, preparations: Any) -> Any:
         of = preparations.items() if isinstance(preparations, Mapping) else ()
         return {trunk: cls._steps(steps) for trunk, steps in of} or preparations
+
+    @model_validator(mode="after")
+    def _heads_alone(self) -> RunConfig:
+        if self.result == "heads":
+            changed = {"special_tokens": self.special_tokens, "preparations": self.preparations}
+            for name, value in {**changed, "training.freeze": self.training.freeze}.items():
+                if value:
+                    raise ValueError(f"{name}: with result: heads the trunk stays as it is; allowed: to leave it out")
+            for name, task in self.tasks.items():
+                if task.kind not in KINDS:
+                    raise ValueError(f"tasks.{name}: {task.kind} only trains a trunk; allowed: {', '.join(KINDS)}")
+        return self
 
     @model_validator(mode="after")
     def _something_to_seal(self) -> RunConfig:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import shutil
+import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +19,7 @@ from mtserve.checkpoint import Checkpoint
 from mtserve.engine import Engine
 from mtserve.golden import golden_rows
 from mtserve.sealing import TaskPart, seal
+from mtserve.surgery import add_heads
 from mtserve.weights import task_part, trunk_part
 from training.config import RunConfig
 from training.data.audit import audit
@@ -66,7 +69,7 @@ def finish(config: RunConfig, run: Prepared, trained: Trained, *, command: str, 
         for name, of in run.data.items()
         if of.test is not None
     }
-    pictures = figures(trained.log, scores)
+    pictures = {} if config.result == "heads" else figures(trained.log, scores)  # they would be named as those there
     text = card(
         config,
         run.data,
@@ -81,6 +84,8 @@ def finish(config: RunConfig, run: Prepared, trained: Trained, *, command: str, 
     result = Result(folder, run.engine, scores, test, trained)
     if config.result == "trunk":
         _save_trunk(folder, run, text, pictures)
+    elif config.result == "heads":
+        _add_heads(config, run, result, command=command, text=text)
     else:
         _seal(config, run, result, command=command, text=text, pictures=pictures)
     return result
@@ -107,6 +112,24 @@ def _seal(
         extras=pictures,
         written_by=f"mtserve {mtserve.__version__}",
     )
+
+
+def _add_heads(config: RunConfig, run: Prepared, result: Result, *, command: str, text: str) -> None:
+    """Put the tasks into the checkpoint of their trunk, or into a copy of it."""
+    home, folder = run.trunk.checkpoint, result.folder
+    assert home is not None
+    parts = [_part(config, run, name=name, scores=result.scores[name]) for name in config.tasks]
+    told = _provenance(config, run, result, command=command)
+    if folder.exists() and folder.resolve() == home.folder.resolve():
+        add_heads(home, parts, instead=config.overwrite, told=told, card=text)
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
+            copy = Path(shutil.copytree(home.folder, Path(aside) / "copy"))
+            add_heads(Checkpoint.open(copy), parts, instead=config.overwrite, told=told, card=text)
+            copy.replace(folder)
+    if len(home.manifest.profiles) > 1:
+        sys.stderr.write(f"{folder} is served in fp32 until `mtserve tune` has measured the new heads too\n")
 
 
 def _part(config: RunConfig, run: Prepared, *, name: str, scores: Scores) -> TaskPart:

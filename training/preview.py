@@ -48,11 +48,12 @@ def preview(config: RunConfig, *, base: Path) -> str:
             torch.accelerator.synchronize()
         return int(batch["attention_mask"].sum())
 
+    steps = config.result != "heads"  # whose steps cost next to nothing, and whose trunk computes each row once
     made = plan(
         trainer.sampler.schedule,
         rows={name: [len(rows) for rows, _ in of.train.features[:_SAMPLED]] for name, of in run.data.items()},
         tokens={name: of.train.lengths for name, of in run.data.items()},
-        seconds_per_token=measure(step, batches) if len(batches) == len(run.data) else None,
+        seconds_per_token=measure(step, batches) if steps and len(batches) == len(run.data) else None,
         gradient_accumulation=settings.gradient_accumulation,
         max_steps=settings.max_steps,
         world_size=args.world_size,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mtserve.checkpoint import Checkpoint
 from mtserve.errors import ConfigError
-from mtserve.manifest import MANIFEST
+from mtserve.manifest import MANIFEST, read_manifest
 from mtserve.trunk import hidden_size
 from training.config import RunConfig
 from training.finish import Result, finish
@@ -18,7 +18,8 @@ from training.report.beside import beside
 from training.report.evaluate import measure
 from training.states import claim, clear, states_folder
 from training.trainer.fit import arguments, fit
-from training.trunk import Trunk
+from training.trainer.frozen import Outputs, check_heads, compute_outputs
+from training.trunk import Trunk, find_trunk
 
 
 def train(config: RunConfig, *, base: Path, command: str = "") -> Result | None:
@@ -29,11 +30,15 @@ def train(config: RunConfig, *, base: Path, command: str = "") -> Result | None:
     """
     started = time.monotonic()
     output = Path(config.output)
-    _check_output(output, overwrite=config.overwrite, result=config.result)
+    if config.result == "heads":
+        _check_heads(output, find_trunk(config.trunk, base), config)
+    else:
+        _check_output(output, overwrite=config.overwrite, result=config.result)
     states = states_folder(config)
     args = arguments(config.training, seed=config.seed, folder=states or output)
     with args.main_process_first(local=False, desc="reading data"):
         run = prepare(config, base=base)
+        outputs = _outputs(run, output) if config.result == "heads" else None
     _check_same_trunk(output, run.trunk)
     if states is not None and args.process_index == 0:
         claim(states, config, run.data, processes=args.world_size)
@@ -50,6 +55,7 @@ def train(config: RunConfig, *, base: Path, command: str = "") -> Result | None:
         folder=states,
         resume=config.resume,
         ends_at=None if budget is None else started + budget,
+        outputs=outputs,
     )
     if args.process_index != 0:
         return None
@@ -66,6 +72,31 @@ def _measured(run: Prepared, name: str) -> dict[str, float]:
     of = run.data[name]
     metrics = measure(run.engine, name, of)
     return {of.kind.metric: metrics[of.kind.metric], **metrics}
+
+
+def _outputs(run: Prepared, output: Path) -> dict[str, Outputs]:
+    """What the trunk makes of every training row, kept beside the output for further runs on the same rows."""
+    check_heads(run.model)
+    assert run.trunk.checkpoint is not None
+    mark, folder = run.trunk.checkpoint.manifest.trunk.fingerprint, output.with_name(output.name + ".outputs")
+    return {
+        name: compute_outputs(
+            run.model, name, of.train.features, pad_id=run.trunk.spec.pad_id, trunk=mark, folder=folder
+        )
+        for name, of in run.data.items()
+    }
+
+
+def _check_heads(output: Path, home: Path, config: RunConfig) -> None:
+    """Refuse heads for what is no checkpoint, that would replace others, or that would go into another one."""
+    if not (home / MANIFEST).is_file():
+        found = f"{config.trunk} is no checkpoint"
+        raise ConfigError(f"trunk: {found}; allowed with result: heads: the folder or hub id of one")
+    there = [task.name for task in read_manifest(home).tasks if task.name in config.tasks]
+    if there and not config.overwrite:
+        raise ConfigError(f"{home} has a task {there[0]!r} already; allowed: another name, or overwrite: true")
+    if not output.exists() or output.resolve() != home.resolve():
+        _check_output(output, overwrite=False, result="checkpoint")
 
 
 def _check_output(output: Path, *, overwrite: bool, result: str) -> None:

@@ -49,7 +49,7 @@ def soak(servers: Sequence[Server], start: Any, texts: Sequence[str], tasks: Seq
          rate: float) -> Lines:  # fmt: skip
     """`start(server)` is a context in which one runs. It is warmed up by requests of one to 200 texts, so that kernels
     for most sizes of a pass are there. Growth is from the minutes 2 and 3 to the last two, of the medians of samples,
-    since what is freed goes back to the system once a minute."""
+    since what is freed goes back to the system in steps."""
     lines: Lines = []
     for server in servers:
         with start(server) as one:

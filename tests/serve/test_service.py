@@ -20,11 +20,9 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from bentoml._internal.utils.analytics import usage_stats
 
 from mtserve.errors import ConfigError, SetupError
 from mtserve.serve.launch import SERVICE, command
-from mtserve.serve.service import do_not_track
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = "ana silva moved from porto to oslo"
@@ -185,11 +183,17 @@ def test_command_checks_before_it_starts(checkpoints: tuple[str, str], monkeypat
             command([checkpoints[0]], port=taken.getsockname()[1])
 
 
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # BentoML's imports
+@pytest.mark.filterwarnings("ignore:The `__get_pydantic_core_schema__` method:DeprecationWarning")
 @pytest.mark.parametrize(("set_to", "found"), [(None, True), ("False", False), ("True", True)])
 def test_usage_is_not_tracked_unless_the_operator_says_so(
     monkeypatch: pytest.MonkeyPatch, set_to: str | None, found: bool
 ) -> None:
     """As under plain `bentoml serve`, which has asked before it imports us."""
+    from bentoml._internal.utils.analytics import usage_stats
+
+    from mtserve.serve.service import do_not_track
+
     monkeypatch.setenv("BENTOML_DO_NOT_TRACK", "before")  # is put back afterwards
     monkeypatch.delenv("BENTOML_DO_NOT_TRACK")
     if set_to is not None:

@@ -28,7 +28,11 @@ _HUB = {
     "spearman": "spearmanr",
 }
 """What hubs call our kinds and metrics."""
-_WHAT = {"checkpoint": "A multitask checkpoint for mtserve", "trunk": "A trunk for plain Transformers"}
+_WHAT = {
+    "checkpoint": "A multitask checkpoint for mtserve",
+    "trunk": "A trunk for plain Transformers",
+    "heads": "Heads on the trunk of this checkpoint",
+}
 
 
 def card(
@@ -50,7 +54,7 @@ def card(
     figures   names of the pictures beside the card, as `training.report.figures.figures` gives them
     """
     parts = [
-        _metadata(config, data, [*scores.items(), *test.items()]),
+        "" if config.result == "heads" else _metadata(config, data, [*scores.items(), *test.items()]),
         f"# {', '.join(data)}",
         f"{_WHAT[config.result]}: `{source}`, trained on {len(data)} task{'s' * (len(data) > 1)}.",
         "## Tasks",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -23,6 +24,7 @@ from mtserve.model import Model
 from training.config import Training
 from training.states import newest
 from training.trainer.deadline import Deadline
+from training.trainer.frozen import HeadLearner, Outputs
 from training.trainer.learner import Features, FeatureSet, Learned, Learner, collate
 from training.trainer.mixture import MixtureConfig
 from training.trainer.multitask import Evaluator, MultitaskTrainer
@@ -76,19 +78,21 @@ def fit(
     folder: Path | None = None,
     resume: bool = False,
     ends_at: float | None = None,
+    outputs: Mapping[str, Outputs] | None = None,
 ) -> Trained:
     """Train the model in place, on an accelerator where there is one; it comes back on the CPU, in evaluation mode.
 
     folder    for states to resume from, the best weights and TensorBoard's files; left there. `resume` goes on from the
               last state in it
     ends_at   a time of `time.monotonic` after which no further step begins
+    outputs   of each task, if the trunk is to stay as it is: heads alone are trained, on these
 
     Raises ConfigError for settings that cannot work, for nothing to resume from, and for a loss that is not finite.
     """
     with _scratch(folder) as home:
         trainer = make_trainer(
             model, tasks, arguments(settings, seed=seed, folder=Path(home)),
-            settings=settings, seed=seed, pad_id=pad_id, mixture=mixture, evaluator=evaluator,
+            settings=settings, seed=seed, pad_id=pad_id, mixture=mixture, evaluator=evaluator, outputs=outputs,
         )  # fmt: skip
         deadline = Deadline(float("inf") if ends_at is None else ends_at)
         trainer.add_callback(deadline)
@@ -123,9 +127,18 @@ def make_trainer(
     pad_id: int,
     mixture: MixtureConfig | None = None,
     evaluator: Evaluator | None = None,
+    outputs: Mapping[str, Outputs] | None = None,
 ) -> MultitaskTrainer:
     """The Trainer of a run, before its first step."""
-    if settings.freeze:
+    learned = {name: task.learned for name, task in tasks.items()}
+    learner: nn.Module = Learner(model, learned)
+    collator: Any = partial(collate, pad_id=pad_id)
+    if outputs is not None:
+        freeze(model, ["trunk"])
+        learner = heads = HeadLearner(model, learned, outputs)
+        collator = {name: partial(heads.collate, name) for name in tasks}
+        model.to(args.device)  # the Trainer moves the heads there, and evaluations need both
+    elif settings.freeze:
         freeze(model, settings.freeze)
     groups = parameter_groups(
         model,
@@ -136,13 +149,13 @@ def make_trainer(
     )
     with _said():
         trainer = MultitaskTrainer(
-            Learner(model, {name: task.learned for name, task in tasks.items()}),
+            learner,
             args,
             train_dataset={
                 name: FeatureSet(name, task.features, kind=task.learned.kind, seed=seed, lengths=task.lengths)
                 for name, task in tasks.items()
             },
-            data_collator=partial(collate, pad_id=pad_id),
+            data_collator=collator,
             evaluator=evaluator,
             mixture=mixture,
             batch_sizes={name: task.batch_size or settings.batch_size for name, task in tasks.items()},

@@ -14,7 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
-from mtserve.errors import ConfigError, InputError, MissingExtraError, MtserveError
+from mtserve.cli import heads, importing
+from mtserve.cli.arguments import Model, json_object
+from mtserve.errors import MissingExtraError, MtserveError
 
 app = typer.Typer(
     name="mtserve",
@@ -25,12 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-importing = typer.Typer(help="Make a checkpoint of models from elsewhere.", no_args_is_help=True)
-heads = typer.Typer(help="Give a checkpoint's tasks back.", no_args_is_help=True)
-app.add_typer(importing, name="import")
-app.add_typer(heads, name="heads")
-
-Model = Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id (owner/name or owner/name@revision).")]
+app.add_typer(importing.commands, name="import")
+app.add_typer(heads.commands, name="heads")
 
 
 @app.command()
@@ -81,7 +79,7 @@ def predict(
     from mtserve.loading import load
 
     items = [_item(text) for text in _lines(inputs)]
-    chosen = _json_object(parameters)
+    chosen = json_object(parameters)
     engine = load(model)
     names = task or (list(engine.tasks) if len(engine.tasks) == 1 else [])
     if not names:
@@ -179,112 +177,6 @@ def demo(
     raise typer.Exit(run_demo(output=output, trunk=trunk, port=port, check=check))
 
 
-Options = Annotated[list[str] | None, typer.Option(help="NAME={JSON}: options of a task.")]
-Golden = Annotated[Path | None, typer.Option(help='Inputs to keep the logits of: JSON lines, each with its "task".')]
-
-
-@importing.command("notebook")
-def import_notebook(
-    folder: Annotated[Path, typer.Argument(help="Where `Trainer` wrote the weights.")],
-    output: Annotated[Path, typer.Argument(help="The checkpoint's folder: new or empty.")],
-    model: Annotated[str, typer.Option(help="What training began with: folder or hub id with config and tokenizer.")],
-    task: Annotated[list[str], typer.Option(help="NAME=KIND, for each task that is wanted.")],
-    labels: Annotated[list[str] | None, typer.Option(help="NAME=FIRST,SECOND,…: labels in the order of ids.")] = None,
-    options: Options = None,
-    golden: Golden = None,
-    special_tokens: Annotated[
-        str | None, typer.Option(help="BOS,EOS,PAD[,CLS…] that were added; by default <bos>,<eos>,<pad>,<cls>.")
-    ] = None,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin.")] = False,
-) -> None:
-    """mtserve import notebook models/multitask runs/shakespeare --model gpt2-large --task translate=generation
-
-    Make a checkpoint of what the notebook "Multi-task Training with Hugging Face Transformers and NLP" trained.
-    """
-    from mtserve.interop import notebook
-
-    chosen = {name: _json_object(raw) for name, raw in _named(options, "--options").items()}
-    for name, listed in _named(labels, "--labels").items():
-        chosen[name] = {"labels": listed.split(","), **chosen.get(name, {})}
-    made = notebook.import_notebook(
-        folder,
-        output,
-        model=model,
-        kinds=_named(task, "--task"),
-        options=chosen,
-        golden=_golden(golden),
-        special_tokens=None if special_tokens is None else special_tokens.split(","),
-        allow_pickle=allow_pickle,
-    )
-    typer.echo(f"{made.folder}: {', '.join(task.name for task in made.manifest.tasks)}")
-
-
-@importing.command("models")
-def import_models(
-    output: Annotated[Path, typer.Argument(help="The checkpoint's folder: new or empty.")],
-    task: Annotated[list[str], typer.Option(help="NAME=FOLDER or NAME=HUB_ID of a task's model, for each task.")],
-    kind: Annotated[list[str] | None, typer.Option(help="NAME=KIND, where the architecture does not say it.")] = None,
-    options: Options = None,
-    golden: Golden = None,
-) -> None:
-    """mtserve import models runs/both --task topic=models/topic --task names=models/names
-
-    Merge stock Transformers models that share a frozen trunk into one checkpoint.
-    """
-    from mtserve.interop import models
-
-    made = models.import_models(
-        output,
-        _named(task, "--task"),
-        kinds=_named(kind, "--kind"),
-        options={name: _json_object(raw) for name, raw in _named(options, "--options").items()},
-        golden=_golden(golden),
-    )
-    typer.echo(f"{made.folder}: {', '.join(task.name for task in made.manifest.tasks)}")
-
-
-@heads.command("split")
-def split_head(
-    model: Model,
-    output: Annotated[Path, typer.Argument(help="The model's folder: new or empty.")],
-    task: Annotated[str, typer.Option(help="The task.")],
-) -> None:
-    """mtserve heads split runs/demo models/intent --task intent
-
-    Write one task as a stock Transformers model, and say in what it differs from the task.
-    """
-    from mtserve.checkpoint import Checkpoint
-    from mtserve.interop import split
-    from mtserve.resolve import resolve
-
-    for said in split.split_head(Checkpoint.open(resolve(model)), task, output):
-        typer.echo(said, err=True)
-    typer.echo(str(output))
-
-
-def _named(pairs: list[str] | None, option: str) -> dict[str, str]:
-    """NAME=VALUE pairs by name."""
-    found: dict[str, str] = {}
-    for pair in pairs or ():
-        name, equals, value = pair.partition("=")
-        if not equals or not name or not value or name in found:
-            raise ConfigError(f"{option} {pair}: allowed is NAME=VALUE, each name once")
-        found[name] = value
-    return found
-
-
-def _golden(path: Path | None) -> dict[str, list[Any]]:
-    """Inputs by task from a JSONL file."""
-    from mtserve.checkpoint import read_jsonl
-
-    found: dict[str, list[Any]] = {}
-    for record in [] if path is None else read_jsonl(path):
-        if "task" not in record:
-            raise ConfigError(f"{path}: every line is an input with its task; found {json.dumps(record)}")
-        found.setdefault(record.pop("task"), []).append(record)
-    return found
-
-
 def _lines(inputs: list[str]) -> list[str]:
     if inputs == ["-"]:
         return [line.rstrip("\n") for line in sys.stdin if line.strip()]
@@ -293,17 +185,7 @@ def _lines(inputs: list[str]) -> list[str]:
 
 def _item(text: str) -> Any:
     """A text as it is; what begins like a JSON object is one."""
-    return _json_object(text) if text.lstrip().startswith("{") else text
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{text!r} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{text!r} is not a JSON object")
-    return value
+    return json_object(text) if text.lstrip().startswith("{") else text
 
 
 def main() -> None:

@@ -1,0 +1,207 @@
+"""Heads that come into a checkpoint, leave it, or get another name. No torch; knows no engine.
+
+Invariants (tests/test_surgery.py holds them):
+1. Trunk, tokenizer, and the entries and files of all other tasks stay as they are, byte for byte.
+2. New files are written first, then the manifest is replaced, then files that it no longer names are removed: a crash
+   at any moment leaves the old checkpoint or the new one.
+3. A head comes only to the trunk that it was trained on, by fingerprint.
+4. A profile stays accepted only while every task was measured in it: a head that comes leaves fp32 alone.
+5. What was changed is told by the manifest's provenance, under `changes`, and at the end of the card.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mtserve.checkpoint import Checkpoint, sha256_file
+from mtserve.errors import CheckpointError
+from mtserve.folder import Writer, remove_unnamed, replace
+from mtserve.manifest import FP32, MANIFEST, Profile, TaskEntry, check_task_name, checked_manifest, read_manifest
+from mtserve.sealing import INDEX, TaskPart, commit, seal_task
+
+Profiles = Mapping[str, Profile]
+_CHANGES = "\n## Changes\n\n"
+
+
+def add_heads(
+    checkpoint: Checkpoint,
+    parts: Sequence[TaskPart],
+    *,
+    instead: bool = False,
+    told: Mapping[str, Any] | None = None,
+    card: str = "",
+) -> Checkpoint:
+    """Commit a version with these tasks, whose heads were trained on its trunk, behind those that are there (`instead`:
+    in the place of those of their names). `told` goes into provenance, `card` at the end of the card.
+
+    Raises CheckpointError for names that are none or taken, and where the folder holds another version by now.
+    """
+    _check_unchanged(checkpoint)
+    taken = [part.name for part in parts if part.name in _names(checkpoint)]
+    if taken and not instead:
+        raise CheckpointError(f"{checkpoint.folder} has a task {taken[0]!r} already; its tasks: {_listed(checkpoint)}")
+    for part in parts:
+        _check_name(part.name)
+    writer = Writer(checkpoint.folder)
+    made = {part.name: seal_task(writer, part, checkpoint.manifest.trunk.fingerprint) for part in parts}
+    kept = [made.pop(entry.name, entry) for entry in checkpoint.manifest.tasks]
+    change = {"change": f"added {_quoted([part.name for part in parts])}", **(told or {})}
+    return _committed(checkpoint, writer, [*kept, *made.values()], profiles={"fp32": FP32}, change=change, card=card)
+
+
+def bring_heads(checkpoint: Checkpoint, source: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """Commit a version with tasks of another checkpoint of the same trunk; `names` are theirs there -> theirs here.
+
+    Raises CheckpointError as `add_heads`, for a task that is not there, and for another trunk.
+    """
+    _check_unchanged(checkpoint)
+    ours, theirs = checkpoint.manifest.trunk, source.manifest.trunk
+    if ours.fingerprint != theirs.fingerprint:
+        raise CheckpointError(
+            f"heads of {source.folder} were trained on trunk {theirs.fingerprint[:12]} ({theirs.source}); "
+            f"{checkpoint.folder} holds {ours.fingerprint[:12]} ({ours.source}). A head goes with its own trunk alone"
+        )
+    _check_there(source, names)
+    for name in names.values():
+        _check_name(name)
+        if name in _names(checkpoint):
+            raise CheckpointError(f"{checkpoint.folder} has a task {name!r} already; its tasks: {_listed(checkpoint)}")
+    writer = Writer(checkpoint.folder)
+    made = [_copied(writer, source, old, new) for old, new in names.items()]
+    change = {"change": f"added {_quoted(names.values())} of {source.folder.resolve().name}"}
+    entries = [*checkpoint.manifest.tasks, *made]
+    return _committed(checkpoint, writer, entries, profiles={"fp32": FP32}, change=change)
+
+
+def remove_heads(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
+    """Commit a version without these tasks. Raises CheckpointError for tasks that are not there, and where none would
+    be left."""
+    _check_unchanged(checkpoint)
+    _check_there(checkpoint, names)
+    entries = [entry for entry in checkpoint.manifest.tasks if entry.name not in names]
+    if not entries:
+        raise CheckpointError(f"{checkpoint.folder} would have no task left; its tasks: {_listed(checkpoint)}")
+    kept = {name: _without(profile, names) for name, profile in checkpoint.manifest.profiles.items()}
+    change = {"change": f"removed {_quoted(names)}"}
+    return _committed(checkpoint, Writer(checkpoint.folder), entries, profiles=kept, change=change)
+
+
+def rename_head(checkpoint: Checkpoint, old: str, new: str) -> Checkpoint:
+    """Commit a version in which a task has another name. Raises CheckpointError for a name that is none, is taken, or
+    is not there."""
+    _check_unchanged(checkpoint)
+    _check_there(checkpoint, [old])
+    _check_name(new)
+    if new in _names(checkpoint):
+        raise CheckpointError(f"{checkpoint.folder} has a task {new!r} already; its tasks: {_listed(checkpoint)}")
+    writer = Writer(checkpoint.folder)
+    entries = [
+        _copied(writer, checkpoint, old, new) if entry.name == old else entry for entry in checkpoint.manifest.tasks
+    ]
+    kept = {
+        name: profile.model_copy(
+            update={"tasks": {new if task == old else task: found for task, found in profile.tasks.items()}}
+        )
+        for name, profile in checkpoint.manifest.profiles.items()
+    }
+    return _committed(checkpoint, writer, entries, profiles=kept, change={"change": f"renamed `{old}` to `{new}`"})
+
+
+def _committed(
+    checkpoint: Checkpoint,
+    writer: Writer,
+    entries: Sequence[TaskEntry],
+    *,
+    profiles: Profiles,
+    change: Mapping[str, Any],
+    card: str = "",
+) -> Checkpoint:
+    folder, before = checkpoint.folder, checkpoint.manifest
+    paths = [before.trunk.weights, "trunk/config.json", "tokenizer.json"]
+    for entry in entries:
+        paths += [path for path in (entry.weights, entry.config, entry.golden, entry.calibration) if path is not None]
+    files = {path: writer.files.get(path) or before.files[path] for path in dict.fromkeys(paths)}
+    changes = [*before.provenance.get("changes", ()), {"date": f"{datetime.now(UTC):%Y-%m-%d}", **change}]
+    raw = {
+        **before.model_dump(mode="json"),
+        "tasks": [entry.model_dump(mode="json") for entry in entries],
+        "profiles": {name: profile.model_dump(mode="json") for name, profile in profiles.items()},
+        "files": {path: file.model_dump(mode="json") for path, file in files.items()},
+        "provenance": {**before.provenance, "changes": changes},
+    }
+    commit(folder, checked_manifest(raw, folder / MANIFEST))
+    _tell(folder / "README.md", changes, card)
+    figures = [path.relative_to(folder).as_posix() for path in (folder / "figures").rglob("*")]
+    remove_unnamed(folder, {*files, *figures, INDEX})
+    return Checkpoint.open(folder)
+
+
+def _copied(writer: Writer, source: Checkpoint, old: str, new: str) -> TaskEntry:
+    """A task's entry under another name or in another checkpoint, with its files."""
+    entry = source.task(old)
+    patterns = {
+        "weights": f"heads/{new}/model-{{}}.safetensors",
+        "config": f"heads/{new}/config-{{}}.json",
+        "golden": f"golden/{new}-{{}}.jsonl",
+        "calibration": f"calibration/{new}-{{}}.jsonl",
+    }
+    there: dict[str, Any] = {"name": new}
+    with tempfile.TemporaryDirectory(dir=writer.folder, prefix=".sealing-") as aside:
+        for field, pattern in patterns.items():
+            if (path := getattr(entry, field)) is not None:
+                copy = Path(shutil.copyfile(source.folder / path, Path(aside) / "copy"))
+                if sha256_file(copy) != source.manifest.files[path].sha256:
+                    raise CheckpointError(f"{source.folder / path} is not the file that was sealed: its sha256 differs")
+                there[field] = writer.move(copy, pattern)
+    return entry.model_copy(update=there)
+
+
+def _without(profile: Profile, names: Collection[str]) -> Profile:
+    """What was measured of the other tasks."""
+    if not any(name in profile.tasks for name in names):
+        return profile
+    left = {name: found for name, found in profile.tasks.items() if name not in names}
+    counts = {"flips": sum(one.flips for one in left.values()), "rows": sum(one.rows for one in left.values())}
+    return profile.model_copy(update={"tasks": left, **counts})
+
+
+def _tell(path: Path, changes: Sequence[Mapping[str, Any]], card: str) -> None:
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    before = text.rpartition(_CHANGES)[0] if _CHANGES in text else text
+    lines = "".join(f"- {one['date']}: {one['change']}\n" for one in changes)
+    replace(path, f"{before.rstrip()}\n{f'{chr(10)}{card.strip()}{chr(10)}' if card else ''}{_CHANGES}{lines}".encode())
+
+
+def _check_unchanged(checkpoint: Checkpoint) -> None:
+    if read_manifest(checkpoint.folder) != checkpoint.manifest:
+        raise CheckpointError(f"{checkpoint.folder} was written anew since it was opened; nothing is changed")
+
+
+def _check_there(checkpoint: Checkpoint, names: Collection[str]) -> None:
+    for name in names:
+        if name not in _names(checkpoint):
+            raise CheckpointError(f"{checkpoint.folder} has no task {name!r}; its tasks: {_listed(checkpoint)}")
+
+
+def _check_name(name: str) -> None:
+    try:
+        check_task_name(name)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _names(checkpoint: Checkpoint) -> list[str]:
+    return [task.name for task in checkpoint.manifest.tasks]
+
+
+def _listed(checkpoint: Checkpoint) -> str:
+    return ", ".join(_names(checkpoint))
+
+
+def _quoted(names: Collection[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

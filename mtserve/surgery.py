@@ -11,6 +11,7 @@ Invariants (tests/test_surgery.py holds them):
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
@@ -26,6 +27,8 @@ from mtserve.sealing import INDEX, TaskPart, commit, seal_task
 
 Profiles = Mapping[str, Profile]
 _CHANGES = "\n## Changes\n\n"
+_END = "<!-- end of heads -->"
+_BLOCK = re.compile(rf"<!-- heads: ([^\n]*) -->\n.*?\n{_END}\n", re.DOTALL)
 
 
 def add_heads(
@@ -50,8 +53,14 @@ def add_heads(
     writer = Writer(checkpoint.folder)
     made = {part.name: seal_task(writer, part, checkpoint.manifest.trunk.fingerprint) for part in parts}
     kept = [made.pop(entry.name, entry) for entry in checkpoint.manifest.tasks]
-    change = {"change": f"added {_quoted([part.name for part in parts])}", **(told or {})}
-    return _committed(checkpoint, writer, [*kept, *made.values()], profiles={"fp32": FP32}, change=change, card=card)
+    new = [part.name for part in parts if part.name not in taken]
+    said = [f"{what} {_quoted(which)}" for what, which in (("added", new), ("replaced", taken)) if which]
+    change = {"change": ", ".join(said), **(told or {})}
+    block = f"<!-- heads: {' '.join(part.name for part in parts)} -->\n\n{card.strip()}\n\n{_END}\n" if card else ""
+    entries = [*kept, *made.values()]
+    return _committed(
+        checkpoint, writer, entries, profiles={"fp32": FP32}, change=change, card=block, outdated=set(taken)
+    )
 
 
 def bring_heads(checkpoint: Checkpoint, source: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
@@ -88,7 +97,8 @@ def remove_heads(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
         raise CheckpointError(f"{checkpoint.folder} would have no task left; its tasks: {_listed(checkpoint)}")
     kept = {name: _without(profile, names) for name, profile in checkpoint.manifest.profiles.items()}
     change = {"change": f"removed {_quoted(names)}"}
-    return _committed(checkpoint, Writer(checkpoint.folder), entries, profiles=kept, change=change)
+    writer = Writer(checkpoint.folder)
+    return _committed(checkpoint, writer, entries, profiles=kept, change=change, outdated=set(names))
 
 
 def rename_head(checkpoint: Checkpoint, old: str, new: str) -> Checkpoint:
@@ -120,7 +130,9 @@ def _committed(
     profiles: Profiles,
     change: Mapping[str, Any],
     card: str = "",
+    outdated: Collection[str] = (),
 ) -> Checkpoint:
+    """`card` is added to the card; what was added to it for tasks that are all `outdated` goes."""
     folder, before = checkpoint.folder, checkpoint.manifest
     paths = [before.trunk.weights, "trunk/config.json", "tokenizer.json"]
     for entry in entries:
@@ -135,7 +147,7 @@ def _committed(
         "provenance": {**before.provenance, "changes": changes},
     }
     commit(folder, checked_manifest(raw, folder / MANIFEST))
-    _tell(folder / "README.md", changes, card)
+    _tell(folder / "README.md", changes, card, outdated)
     figures = [path.relative_to(folder).as_posix() for path in (folder / "figures").rglob("*")]
     remove_unnamed(folder, {*files, *figures, INDEX})
     return Checkpoint.open(folder)
@@ -170,11 +182,12 @@ def _without(profile: Profile, names: Collection[str]) -> Profile:
     return profile.model_copy(update={"tasks": left, **counts})
 
 
-def _tell(path: Path, changes: Sequence[Mapping[str, Any]], card: str) -> None:
+def _tell(path: Path, changes: Sequence[Mapping[str, Any]], card: str, outdated: Collection[str]) -> None:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     before = text.rpartition(_CHANGES)[0] if _CHANGES in text else text
+    kept = _BLOCK.sub(lambda block: "" if {*block[1].split()} <= {*outdated} else block[0], before)
     lines = "".join(f"- {one['date']}: {one['change']}\n" for one in changes)
-    replace(path, f"{before.rstrip()}\n{f'{chr(10)}{card.strip()}{chr(10)}' if card else ''}{_CHANGES}{lines}".encode())
+    replace(path, "\n".join([kept.rstrip(), *(["", card.rstrip()] if card else []), _CHANGES + lines]).encode())
 
 
 def _check_unchanged(checkpoint: Checkpoint) -> None:

@@ -139,7 +139,13 @@ def test_a_trained_head_comes_in(folder: Path, small: Tiny) -> None:
     assert sorted(names(checkpoint)) == sorted(TASKS)
     assert checkpoint.manifest.provenance["changes"][0]["command"] == "train"
     card = (folder / "README.md").read_text()
-    assert card.startswith("# test\n\n# More\n\nof it\n\n## Changes\n\n- 2")
+    block = "<!-- heads: topic -->\n\n# More\n\nof it\n\n<!-- end of heads -->\n"
+    assert card.startswith(f"# test\n\n{block}\n## Changes\n\n- 2")
+    assert changes(checkpoint) == ["replaced `topic`"]
+    surgery.rename_head(checkpoint, "names", "people")
+    assert block in (folder / "README.md").read_text()
+    surgery.remove_heads(Checkpoint.open(folder), ["topic"])
+    assert (folder / "README.md").read_text().startswith("# test\n\n## Changes\n\n- 2")
     assert checkpoint.manifest.provenance["note"] == "test"
 
 

@@ -2,7 +2,7 @@
 
 | kind | decided is |
 |---|---|
-| classification | the best label; of a multi-label task the set of labels with a score of 0.5 or more |
+| classification | the best label; of a multi-label task the labels that hold, each from its own threshold |
 | multiple choice | the best choice |
 | token classification | the spans: their limits and labels |
 | generation | the texts, and why they ended |
@@ -40,7 +40,8 @@ def flipped(one: Any, other: Any, options: Options) -> bool:
 def _decided(prediction: Any, options: Options) -> Any:
     if isinstance(options, ClassificationOptions):
         if options.multi_label:
-            return {one["label"] for one in prediction if one["score"] >= 0.5}
+            limits = dict(zip(options.labels, options.limits_of_labels, strict=True))
+            return {one["label"] for one in prediction if one["score"] >= limits[one["label"]]}
         return max(prediction, key=lambda one: one["score"])["label"]
     if isinstance(options, MultipleChoiceOptions):
         return prediction[0]["index"]

@@ -173,6 +173,7 @@ class RunConfig(Section):
     mixture: MixtureConfig = MixtureConfig()
     on_bad_record: Literal["stop", "skip"] = "stop"
     limit: int | None = Field(default=None, ge=1, description="Only so many records of a source, to try a run.")
+    calibrate: bool = Field(default=False, description="Fit temperature and thresholds on the evaluation splits.")
     golden_rows: int = Field(default=4, ge=0)
     calibration_rows: int = Field(default=200, ge=0)
     resamples: int = Field(default=1000, ge=0, description="Bootstrap resamples of the metrics' intervals.")

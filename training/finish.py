@@ -20,10 +20,13 @@ from mtserve.engine import Engine
 from mtserve.golden import golden_rows
 from mtserve.sealing import TaskPart, seal
 from mtserve.surgery import add_heads
+from mtserve.tasks.base import Kind, Options
+from mtserve.tasks.calibration import Calibration
 from mtserve.weights import task_part, trunk_part
 from training.config import RunConfig
 from training.data.audit import audit
 from training.prepare import Prepared
+from training.report.answers import answers
 from training.report.beside import Beside
 from training.report.card import card
 from training.report.evaluate import Scores, evaluate
@@ -61,7 +64,9 @@ class Result:
 def finish(config: RunConfig, run: Prepared, trained: Trained, *, command: str, beside: Mapping[str, Beside]) -> Result:
     """Evaluate all tasks and write the run's output. Raises CheckpointError."""
     folder = Path(config.output)
-    run = replace(run, engine=_serving(run))
+    run, calibrations = replace(run, engine=_serving(run)), dict[str, Calibration]()
+    if config.calibrate:
+        run, calibrations = _calibrated(run)
     measured = partial(evaluate, run.engine, resamples=config.resamples)
     scores = {name: measured(name, of, beside=beside[name]) for name, of in run.data.items()}
     test = {
@@ -75,6 +80,7 @@ def finish(config: RunConfig, run: Prepared, trained: Trained, *, command: str, 
         run.data,
         scores=scores,
         test=test,
+        calibrations=calibrations,
         audit=audit(run.data),
         source=run.trunk.source,
         command=command,
@@ -95,6 +101,27 @@ def _serving(run: Prepared) -> Engine:
     """An engine over the trained model that computes as one over the sealed checkpoint does, to the bit."""
     pad_id = run.trunk.spec.pad_id
     return Engine(run.engine.tasks.values(), EagerBackend(run.model.eval(), pad_id=pad_id), run.engine.text)
+
+
+def _calibrated(run: Prepared) -> tuple[Prepared, dict[str, Calibration]]:
+    """The run with what was fitted in its tasks' options, for each task whose scores are probabilities."""
+    data, found = dict(run.data), dict[str, Calibration]()
+    for name, of in run.data.items():
+        if type(of.kind).calibrate is Kind.calibrate:
+            continue
+        plain = type(of.options).model_validate({**of.options.model_dump(exclude={"temperature", "thresholds"})})
+        predictions = answers(_with(run, {name: plain}).engine, name, of)
+        made = of.kind.calibrate(predictions, of.eval.examples, plain)
+        assert made is not None
+        found[name] = made
+        data[name] = replace(of, options=type(plain).model_validate({**plain.model_dump(), **made.options}))
+    return _with(replace(run, data=data), {name: data[name].options for name in found}), found
+
+
+def _with(run: Prepared, options: Mapping[str, Options]) -> Prepared:
+    """The run with an engine whose tasks have these options."""
+    tasks = [replace(task, options=options.get(task.name, task.options)) for task in run.engine.tasks.values()]
+    return replace(run, engine=Engine(tasks, run.engine.backend, run.engine.text))
 
 
 def _seal(

@@ -124,6 +124,10 @@ def _differences(entry: TaskEntry, options: Options, *, checkpoint: Checkpoint, 
         yield f"the second text of a pair begins with {spec.pair_separator!r}, which the caller puts there"
     if isinstance(options, SimilarityOptions):
         yield f"scores are not clipped to [{options.low:g}, {options.high:g}]"
+    if (temperature := getattr(options, "temperature", 1.0)) != 1:
+        yield f"scores are those of the logits divided by {temperature:g}"
+    if thresholds := getattr(options, "thresholds", None):
+        yield f"labels hold from {', '.join(f'{limit:g}' for limit in thresholds)}"
     if entry.kind == "multiple_choice" and "MultipleChoice" not in stock:
         yield f"the family has no class for multiple choice: {stock} scores one choice, beside its question, at a time"
     yield "special tokens that stand in a caller's text are read as such, not as text"

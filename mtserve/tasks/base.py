@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from mtserve.tasks.calibration import Calibration
     from mtserve.tasks.work import Work
 
 Reads = Literal["first", "last", "pooled", "all"]
 Pooling = Literal["first", "last", "pooled"]
 """Which state stands for a row: that of its first or last token, or the trunk's pooler output."""
+TEMPERATURE: Any = Field(default=1.0, gt=0, description="Divides the logits before they become scores; fitted.")
 POOLING: Any = Field(default=None, description="State of a row that the head reads; training finds out and says.")
 Architecture = Literal[
     "sequence_classification", "token_classification", "multiple_choice", "causal_lm", "masked_lm", "pooling"
@@ -217,6 +219,11 @@ class Kind(Evaluation[O_, L_], Generic[O_, P_, E_, L_]):
         """Options that say what the task's head was found to read, where the kind has an option for it."""
         stated = {"pooling": reads} if reads != "all" and "pooling" in type(options).model_fields else {}
         return type(options).model_validate({**options.model_dump(), **stated})
+
+    def calibrate(self, predictions: Sequence[Any], examples: Sequence[L_], options: O_) -> Calibration | None:
+        """What makes the scores of these predictions, made with options that hold nothing fitted, mean what they say;
+        None for a kind whose scores are no probabilities."""
+        return None
 
     # decoding
 

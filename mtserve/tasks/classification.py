@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from typing_extensions import TypedDict
 
 from mtserve.errors import InputError, Problem
@@ -15,6 +15,7 @@ from mtserve.rows import Row
 from mtserve.tasks.base import (
     PLAIN,
     POOLING,
+    TEMPERATURE,
     Example,
     HeadSpec,
     Kind,
@@ -32,11 +33,29 @@ from mtserve.text import Text
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mtserve.tasks.calibration import Calibration
+
 
 class ClassificationOptions(Options):
     labels: tuple[str, ...] = Field(min_length=1, description="Label names in the order of the head's outputs.")
     multi_label: bool = Field(default=False, description="Any number of labels may hold at once.")
     pooling: Pooling | None = POOLING
+    temperature: float = TEMPERATURE
+    thresholds: tuple[float, ...] | None = Field(
+        default=None, description="Of a multi-label task: from which score each label holds; 0.5 by default. Fitted."
+    )
+
+    @property
+    def limits_of_labels(self) -> tuple[float, ...]:
+        """From which score each label holds."""
+        return self.thresholds or (0.5,) * len(self.labels)
+
+    @model_validator(mode="after")
+    def _thresholds_fit(self) -> ClassificationOptions:
+        if self.thresholds is not None and not (self.multi_label and len(self.thresholds) == len(self.labels)):
+            found = f"{len(self.thresholds)} thresholds for {len(self.labels)} labels, multi_label {self.multi_label}"
+            raise ValueError(f"{found}; allowed: one for each label of a multi-label task")
+        return self
 
     @field_validator("labels")
     @classmethod
@@ -49,6 +68,7 @@ class ClassificationOptions(Options):
 class ClassificationParameters(Parameters):
     top_k: int | None = Field(default=None, ge=1, description="How many of the best labels to return; all by default.")
     threshold: float | None = Field(default=None, ge=0, le=1, description="Leave out labels that score less.")
+    decided: bool = Field(default=False, description="Of a multi-label task: only the labels that hold.")
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = Field(
         default=None, description="From logits to scores; by default softmax, or sigmoid for a multi-label task."
     )
@@ -148,11 +168,33 @@ class Classification(
         parameters = work.parameters
         assert isinstance(parameters, ClassificationParameters)
         logits = merge(work.prompt, work.logits)[0]  # (n_out,)
+        if parameters.function_to_apply != "none":
+            logits = logits / np.float32(options.temperature)
         function = parameters.function_to_apply or ("sigmoid" if options.multi_label else "softmax")
         scores = logits if function == "none" else (sigmoid(logits) if function == "sigmoid" else softmax(logits))
         order = np.argsort(-scores, kind="stable")[: parameters.top_k]
+        limits = options.limits_of_labels if parameters.decided and options.multi_label else None
+        if limits is not None:
+            order = np.array([i for i in order if scores[i] >= limits[i]], np.int64)
         ranked = [LabelScore(label=options.labels[i], score=float(scores[i])) for i in order]
         return [r for r in ranked if parameters.threshold is None or r["score"] >= parameters.threshold]
+
+    def calibrate(
+        self,
+        predictions: Sequence[list[LabelScore]],
+        examples: Sequence[LabelledClassification],
+        options: ClassificationOptions,
+    ) -> Calibration:
+        from mtserve.tasks.calibration import by_class, by_label
+
+        at = {label: index for index, label in enumerate(options.labels)}
+        scores = np.zeros((len(predictions), len(at)))
+        true = np.zeros((len(predictions), len(at)), np.int64)
+        for number, (prediction, example) in enumerate(zip(predictions, examples, strict=True)):
+            for one in prediction:
+                scores[number, at[one["label"]]] = one["score"]
+            true[number, [at[label] for label in self.truths(example, options)]] = 1
+        return by_label(scores, true) if options.multi_label else by_class(scores, true.argmax(axis=1))
 
     def outcomes(
         self,
@@ -169,7 +211,8 @@ class Classification(
         from sklearn.preprocessing import MultiLabelBinarizer
 
         hot = MultiLabelBinarizer(classes=[*options.labels, None], sparse_output=True)
-        likely = [[p["label"] for p in prediction if p["score"] >= 0.5] for prediction in predictions]
+        limits = dict(zip(options.labels, options.limits_of_labels, strict=True))
+        likely = [[p["label"] for p in prediction if p["score"] >= limits[p["label"]]] for prediction in predictions]
         return hot.fit_transform(true), hot.fit_transform(likely)
 
     def score(self, outcomes: Outcomes, options: ClassificationOptions) -> Metrics:

@@ -16,6 +16,7 @@ from mtserve.rows import Row
 from mtserve.tasks.base import (
     PLAIN,
     POOLING,
+    TEMPERATURE,
     Example,
     HeadSpec,
     Kind,
@@ -33,9 +34,12 @@ from mtserve.text import Text
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mtserve.tasks.calibration import Calibration
+
 
 class MultipleChoiceOptions(Options):
     pooling: Pooling | None = POOLING
+    temperature: float = TEMPERATURE
 
 
 class MultipleChoiceParameters(Parameters):
@@ -120,9 +124,23 @@ class MultipleChoice(
         example, parameters = work.example, work.parameters
         assert isinstance(example, MultipleChoiceExample)
         assert isinstance(parameters, MultipleChoiceParameters)
-        scores = softmax(merge(work.prompt, work.logits)[:, 0])  # (choices,)
+        scores = softmax(merge(work.prompt, work.logits)[:, 0] / np.float32(options.temperature))  # (choices,)
         order = np.argsort(-scores, kind="stable")[: parameters.top_k]
         return [ChoiceScore(index=int(i), choice=example.choices[i], score=float(scores[i])) for i in order]
+
+    def calibrate(
+        self,
+        predictions: Sequence[list[ChoiceScore]],
+        examples: Sequence[LabelledMultipleChoice],
+        options: MultipleChoiceOptions,
+    ) -> Calibration:
+        from mtserve.tasks.calibration import by_class
+
+        scores = np.zeros((len(predictions), max(map(len, predictions))))
+        for number, prediction in enumerate(predictions):
+            for one in prediction:
+                scores[number, one["index"]] = max(one["score"], 1e-30)  # a choice that is there, however unlikely
+        return by_class(scores, np.array([example.answer for example in examples]))
 
     def outcomes(
         self,

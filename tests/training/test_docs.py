@@ -15,7 +15,8 @@ from training.config import RunConfig, TaskConfig, Training
 from training.trainer.mixture import MixtureConfig, Strategy
 
 PAGE = (ROOT / "docs/training.md").read_text(encoding="utf-8")
-NAMED = {name for cell in re.findall(r"`([^`]+)`", PAGE) for name in re.findall(r"[\w:]+", cell)}
+PLAIN = re.sub(r"^```.*?^```$", "", PAGE, flags=re.MULTILINE | re.DOTALL)
+NAMED = {name for cell in re.findall(r"`([^`]+)`", PLAIN) for name in re.findall(r"[\w:]+", cell)}
 
 
 @pytest.mark.parametrize("section", [RunConfig, TaskConfig, Training, MixtureConfig])

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mtserve.errors import CheckpointError, ConfigError, ResolveError
 from mtserve.golden import check_golden
+from mtserve.loading import load
 from tests.tiny import TOKENIZER_JSON
 from tests.training.conftest import Run
 from training.__main__ import main
@@ -88,6 +89,25 @@ def test_training_learns(run_file: Run) -> None:
     assert result.trained.steps == 90
     assert not result.checkpoint.golden("names")
     assert not result.checkpoint.calibration("names")
+
+
+def test_scores_are_calibrated_on_request(run_file: Run, tmp_path: Path) -> None:
+    path = run_file({"topic": "classification", "choice": "multiple_choice", "names": "token_classification"})
+    plain = run(path, f"output={tmp_path / 'plain'}")
+    result = run(path, "calibrate=true")
+    of = {task.name: task.options for task in result.checkpoint.manifest.tasks}
+    before = {task.name: task.options for task in plain.checkpoint.manifest.tasks}
+    for name in ("topic", "choice"):
+        assert before[name]["temperature"] == 1 != of[name]["temperature"]
+        assert {**of[name], "temperature": 1.0} == before[name]
+        assert result.scores[name].metrics == plain.scores[name].metrics  # no order changes
+        row = f"| {name} | {of[name]['temperature']:.3f} | "
+        assert row in (result.folder / "README.md").read_text()
+    assert of["names"] == before["names"]
+    text = "the great ana town"
+    loaded, trained = (one.predict("topic", [text])[0] for one in (load(result.folder), result.engine))
+    assert loaded == trained != load(plain.folder).predict("topic", [text])[0]
+    assert "temperature" not in (plain.folder / "README.md").read_text()
 
 
 def test_the_same_seed_gives_the_same_weights(run_file: Run) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from mtserve.tasks.calibration import Calibration
 from training.config import RunConfig
 from training.data.audit import Audit
 from training.data.splits import TaskData
@@ -45,11 +46,13 @@ def card(
     command: str,
     versions: Mapping[str, str],
     test: Mapping[str, Scores] = MappingProxyType({}),
+    calibrations: Mapping[str, Calibration] = MappingProxyType({}),
     figures: Collection[str] = (),
 ) -> str:
     """Markdown with the metadata block that model hubs read.
 
-    scores    of each task on its evaluation split; `test` of those that have a test split
+    scores    of each task on its evaluation split; `test` of those that have a test split; `calibrations` of those
+              whose scores were fitted
     source    what the trunk is called
     figures   names of the pictures beside the card, as `training.report.figures.figures` gives them
     """
@@ -61,6 +64,7 @@ def card(
         markdown([("task", "kind", "labels"), *(_task(name, of) for name, of in data.items())]),
         "## Evaluation",
         *_evaluation(config, scores, test),
+        *_calibrated(calibrations),
         *(part for name, found in scores.items() for part in _by_label(name, found, figures)),
         "## Use",
         fenced(_usage(config, data), "python"),
@@ -140,6 +144,21 @@ def _by_label(name: str, scores: Scores, figures: Collection[str]) -> Iterator[s
             lines.append((label, *(f"{of[key]:.3f}" for key in ("precision", "recall", "f1")), str(of["support"])))
         yield _folded(f"{name}: each label", markdown(lines))
     yield _picture(f"Confusion matrix of {name}", f"figures/confusion-{name}.png", figures)
+
+
+def _calibrated(found: Mapping[str, Calibration]) -> Iterator[str]:
+    if found:
+        yield (
+            "Temperatures and thresholds were fitted on the evaluation split, so metrics by thresholds flatter there. "
+            "Expected calibration error (15 bins) before and after; after: of each half of the split by the "
+            "temperature of the other half."
+        )
+        lines: list[Line] = [("task", "temperature", "before", "after", "thresholds")]
+        for name, one in found.items():
+            limits = ", ".join(f"{limit:.2f}" for limit in one.options.get("thresholds", ()))
+            temperature = f"{one.options['temperature']:.3f}"
+            lines.append((name, temperature, f"{one.before:.3f}", f"{one.after:.3f}", limits or "none"))
+        yield markdown(lines)
 
 
 def _usage(config: RunConfig, data: Mapping[str, TaskData]) -> str:

@@ -15,7 +15,8 @@ import pytest
 from mtserve import cli
 from tests.tiny import tiny, write_checkpoint
 
-COMMANDS = ["train", "serve", "predict", "inspect", "tune", "demo", "import notebook", "import models", "heads split"]
+COMMANDS = ["train", "serve", "predict", "inspect", "tune", "demo", "import notebook", "import models"]
+COMMANDS += ["heads split", "heads add", "heads remove", "heads rename"]
 
 
 @pytest.fixture(scope="module")

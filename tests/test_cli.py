@@ -56,7 +56,7 @@ def test_every_command_has_help_with_an_example_first() -> None:
         assert command.split()[0] in listed
         shown = run(*command.split(), "--help")
         assert shown.returncode == 0
-        assert shown.stdout.splitlines()[2].strip().startswith(f"mtserve {command}")
+        assert shown.stdout.split("\n\n")[1].strip().startswith(f"mtserve {command}")
 
 
 def test_predict_prints_one_json_line_an_input(model: Path) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from mtserve.tasks.work import Work
 from mtserve.ticket import late
@@ -46,5 +46,6 @@ class TextPool:
     def submit(self, call: Callable[[], T]) -> Future[T]:
         return self._pool.submit(call)
 
-    def close(self, **how: Any) -> None:
-        self._pool.shutdown(**how)
+    def close(self, *, wait: bool) -> None:
+        """Begin no more calls; `wait` for those that have begun."""
+        self._pool.shutdown(wait)

@@ -46,7 +46,7 @@ def one() -> Iterator[Running]:
     )  # fmt: skip
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
         threading.Thread(target=made.serve_forever, daemon=True).start()
-        yield Running(server, SimpleNamespace(pid=0), made.server_address[1], Path())  # type: ignore[arg-type]
+        yield Running(server, SimpleNamespace(pid=0), made.server_address[1], Path())
         made.shutdown()
 
 

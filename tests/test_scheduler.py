@@ -223,7 +223,7 @@ def test_2_what_is_being_prepared_counts_as_much_as_requests_of_late_had() -> No
             assert held.wait(10)
             return prepare_tasks(*args, **more)
 
-        engine.prepare_tasks = held_up  # type: ignore[method-assign]
+        engine.prepare_tasks = held_up
         under_way = [
             asyncio.ensure_future(scheduler.prepare({"fake": None}, [Job(text=2, tokens=10)], deadline=soon))
             for _ in range(30)

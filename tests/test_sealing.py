@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from mtserve.checkpoint import Checkpoint
 from mtserve.errors import CheckpointError
 from mtserve.sealing import seal
 from mtserve.weights import load_model, task_part, trunk_part
+from tests.crashes import Crash
 from tests.tiny import TOKENIZER_JSON, tiny, write_checkpoint
 
 
@@ -128,43 +128,19 @@ def test_figures_stand_beside_the_card_until_the_next_version(folder: Path) -> N
     assert not list(folder.parent.glob("up.png"))
 
 
-class Stopped(Exception):
-    """Stands for a crash."""
-
-
 def test_a_crash_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stop the writer before each of its renames and removals in turn, and open what is there."""
-    steps = 0
-    limit = 0
-
-    def counted(real: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal steps
-            steps += 1
-            if steps > limit:
-                raise Stopped
-            return real(*args, **kwargs)
-
-        return call
-
-    monkeypatch.setattr(os, "replace", counted(os.replace))
-    monkeypatch.setattr(Path, "replace", counted(Path.replace))
-    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+    crash = Crash(monkeypatch)
     old_tasks = {task.name for task in Checkpoint.open(folder).manifest.tasks}
     new = tiny("bert", only=("topic",))
     for parameter in new.model.trunk.parameters():
         parameter.data += 0.5
     outcomes = []
-    for limit in range(200):
-        trial = Path(shutil.copytree(folder, tmp_path / f"trial{limit}"))
-        steps = 0
-        try:
-            write_checkpoint(trial, new)
-            done = True
-        except Stopped:
-            done = False
+    for after in range(200):
+        trial = Path(shutil.copytree(folder, tmp_path / f"trial{after}"))
+        done = crash.run(lambda trial=trial: write_checkpoint(trial, new), after=after)
         found = Checkpoint.open(trial)
         found.verify()
         load_model(found)

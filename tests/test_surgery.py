@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from mtserve.loading import load
 from mtserve.manifest import FP32, Change, Profile
 from mtserve.sealing import accept_profiles
 from mtserve.weights import load_model, task_part
+from tests.crashes import Crash
 from tests.test_cli import run
 from tests.tiny import Tiny, tiny, write_checkpoint
 
@@ -217,36 +217,14 @@ def test_a_head_file_that_was_changed_is_not_brought(folder: Path, other: Checkp
     assert not (folder / "heads" / "urgency").exists()
 
 
-class Stopped(Exception):
-    """Stands for a crash."""
-
-
 def test_2_a_crash_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = limit = 0
-
-    def counted(real: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal steps
-            steps += 1
-            if steps > limit:
-                raise Stopped
-            return real(*args, **kwargs)
-
-        return call
-
-    for owner, name in ((os, "replace"), (Path, "replace"), (Path, "unlink")):
-        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
-    outcomes = []
-    for limit in range(40):
-        trial = Path(shutil.copytree(folder, tmp_path / f"trial{limit}"))
-        steps = 0
-        done = True
-        try:
-            surgery.rename_head(Checkpoint.open(trial), "topic", "subject")
-        except Stopped:
-            done = False
+    crash, outcomes = Crash(monkeypatch), []
+    for after in range(40):
+        trial = Path(shutil.copytree(folder, tmp_path / f"trial{after}"))
+        opened = Checkpoint.open(trial)
+        done = crash.run(lambda opened=opened: surgery.rename_head(opened, "topic", "subject"), after=after)
         found = Checkpoint.open(trial)
         found.verify()
         outcomes.append("subject" in names(found))

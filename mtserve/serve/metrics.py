@@ -132,7 +132,7 @@ def exposition() -> tuple[bytes, int, None, str]:
     if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
         for pid in {path.stem.rpartition("_")[2] for path in Path(folder).glob("gauge_live*_*.db")}:
             if not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
-                mark_process_dead(pid)  # type: ignore[no-untyped-call]  # else what waited in it would wait for ever
+                mark_process_dead(pid)  # type: ignore[no-untyped-call]  # else its gauges count for ever
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return generate_latest(registry), 200, None, CONTENT_TYPE_LATEST

@@ -26,9 +26,9 @@ _TINY = 1e-30
 class Calibration:
     """What was fitted, and what for.
 
-    error    expected calibration error before and after, of scores in [0, 1]. After: of each half of the examples by
-             the temperature of the other half, as what is fitted on an example flatters it
-    options  the task's options that hold what was fitted on all examples
+    before, after   expected calibration error, of scores in [0, 1]. After: of each half of the examples by the
+                    temperature of the other half, as what is fitted on an example flatters it
+    options         the task's options that hold what was fitted on all examples
     """
 
     before: float

@@ -23,16 +23,19 @@ from training.trainer.mixture import MixtureConfig
 
 class Carve(Section):
     """A split taken out of the training source: a share of its records, or about that share of the groups that the
-    column `by` makes."""
+    column `by` makes. No split gets the share `skip`, which is what `carve: skip` would take: so settings are tuned
+    without the part that results are reported on."""
 
     carve: float = Field(gt=0, lt=1)
     seed: int = Field(default=0, ge=0)
     by: str | None = None
+    skip: float = Field(default=0, ge=0, lt=1)
 
     @property
     def shown(self) -> str:
         """The part in a few words, for people."""
-        return f"{self.carve:g} of train{'' if self.by is None else f' by {self.by}'}, seed {self.seed}"
+        kept_out = f", {self.skip:g} kept out" if self.skip else ""
+        return f"{self.carve:g} of train{'' if self.by is None else f' by {self.by}'}, seed {self.seed}{kept_out}"
 
 
 def _form(value: Any) -> str:
@@ -82,9 +85,9 @@ class TaskConfig(Section):
             _among("example field", source.columns, self.handler.labelled)
         if self.kind != "generation" and (self.zero_shot is not None or self.judge is not None):
             raise ValueError(f"zero_shot and judge are of generated text; allowed: neither with {self.kind}")
-        if len({(part.seed, part.by) for part in carved}) > 1:
-            raise ValueError("eval and test are carved with other seeds or groups; allowed: the same for both")
-        if sum(part.carve for part in carved) >= 1:
+        if len({(part.seed, part.by, part.skip) for part in carved}) > 1:
+            raise ValueError("eval and test are carved with other seeds, groups or skip; allowed: the same for both")
+        if sum(part.carve for part in carved) + sum(part.skip for part in carved[:1]) >= 1:
             raise ValueError("eval and test are carved out of train and leave nothing; allowed: less than 1 in all")
         return self
 

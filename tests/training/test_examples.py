@@ -201,12 +201,32 @@ def test_carved_splits_are_disjoint_follow_the_seed_and_keep_groups_whole(tmp_pa
         read(tmp_path, raw, **{**whole, "eval": {**held, "by": "page"}, "test": {**held, "by": "page"}})
 
 
+def test_a_part_that_is_kept_out_is_in_no_split(tmp_path: Path) -> None:
+    raw = [{"text": f"{number} one", "label": "good"} for number in range(200)]
+    rest: dict[str, Any] = {"options": {"max_length": 32, "labels": ["good"]}}
+
+    def texts(**held: Any) -> dict[str, set[str]]:
+        return {
+            which: {e.text for e in split.examples}
+            for which, split in read(tmp_path, raw, **rest, **held).splits.items()
+        }
+
+    final = texts(eval={"carve": 0.1, "seed": 3})
+    tuned = texts(eval={"carve": 0.2, "seed": 3, "skip": 0.1}, test={"carve": 0.3, "seed": 3, "skip": 0.1})
+    assert {which: len(found) for which, found in tuned.items()} == {"train": 80, "eval": 40, "test": 60}
+    assert not final["eval"] & set.union(*tuned.values())
+    assert set.union(*tuned.values()) == final["train"]
+    assert len(tuned["eval"] & tuned["test"]) == 0
+
+
 @pytest.mark.parametrize(
     ("held", "message"),
     [
         ({"eval": {"carve": 1.5}}, r"less than 1"),
         ({"eval": {"carve": 0.5}, "test": {"carve": 0.5}}, "leave nothing"),
-        ({"eval": {"carve": 0.1, "seed": 1}, "test": {"carve": 0.1}}, "other seeds or groups"),
+        ({"eval": {"carve": 0.5, "skip": 0.5}}, "leave nothing"),
+        ({"eval": {"carve": 0.1, "seed": 1}, "test": {"carve": 0.1}}, "other seeds, groups or skip"),
+        ({"eval": {"carve": 0.1, "skip": 0.1}, "test": {"carve": 0.1}}, "other seeds, groups or skip"),
     ],
 )
 def test_carving_that_cannot_be(tmp_path: Path, held: dict[str, Any], message: str) -> None:

@@ -92,10 +92,11 @@ def carve(whole: Records, parts: Mapping[str, Carve]) -> dict[str, Records]:
 
     Without groups a part has exactly its share of the records. Groups stay whole, and a group's part follows from the
     seed and its own name alone: tasks that see other records of the same groups, or fewer, agree on it. A part then has
-    about its share of the groups.
+    about its share of the groups. The share `skip` comes first, and no part has it.
     """
-    places = _places(whole.table["_group"], seed=next(iter(parts.values())).seed)
-    owners, low = ["train"] * len(places), 0.0
+    first = next(iter(parts.values()))
+    places = _places(whole.table["_group"], seed=first.seed)
+    owners, low = ["" if place < first.skip else "train" for place in places], first.skip
     for which, part in parts.items():
         high = round(low + part.carve, 12)
         owners = [which if low <= place < high else owner for place, owner in zip(places, owners, strict=True)]

@@ -18,6 +18,7 @@ from training.pretraining import TRAINING_KINDS
 from training.section import Section
 from training.special_tokens import PRESETS, Role
 from training.trainer.arguments import FROM_RUN_FILE
+from training.trainer.lora import Lora
 from training.trainer.mixture import MixtureConfig
 
 
@@ -106,6 +107,7 @@ class Training(Section):
     head_learning_rate: float | None = Field(default=None, gt=0)
     layer_decay: float | None = Field(default=None, gt=0, le=1, description="Rate of a layer over that above it.")
     freeze: tuple[str, ...] = Field(default=(), description="embeddings, trunk, layers:N, or patterns of names.")
+    lora: Lora | None = Field(default=None, description="Train low-rank adapters of the trunk, merged at the end.")
     optimizer: str = Field(default="adamw_torch_fused", description="As in TrainingArguments.optim.")
     batch_size: int = Field(default=16, ge=1)
     gradient_accumulation: int = Field(default=1, ge=1)
@@ -208,12 +210,20 @@ class RunConfig(Section):
     def _heads_alone(self) -> RunConfig:
         if self.result == "heads":
             changed = {"special_tokens": self.special_tokens, "preparations": self.preparations}
-            for name, value in {**changed, "training.freeze": self.training.freeze}.items():
+            of_the_trunk = {"training.freeze": self.training.freeze, "training.lora": self.training.lora}
+            for name, value in {**changed, **of_the_trunk}.items():
                 if value:
                     raise ValueError(f"{name}: with result: heads the trunk stays as it is; allowed: to leave it out")
             for name, task in self.tasks.items():
                 if task.kind not in KINDS:
                     raise ValueError(f"tasks.{name}: {task.kind} only trains a trunk; allowed: {', '.join(KINDS)}")
+        return self
+
+    @model_validator(mode="after")
+    def _new_rows_are_trained(self) -> RunConfig:
+        if self.training.lora is not None and self.special_tokens:
+            found = "special_tokens are new rows of the embeddings, which adapters leave as they are"
+            raise ValueError(f"training.lora: {found}; allowed: one without the other")
         return self
 
     @model_validator(mode="after")

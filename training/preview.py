@@ -11,6 +11,7 @@ from training.config import RunConfig
 from training.data.audit import audit
 from training.prepare import prepare
 from training.trainer.fit import arguments, make_trainer
+from training.trainer.lora import add_adapters
 from training.trainer.plan import measure, plan
 
 _SAMPLED = 2000
@@ -21,6 +22,8 @@ def preview(config: RunConfig, *, base: Path) -> str:
     on its first batches, and thrown away. Raises SetupError as the run would."""
     run = prepare(config, base=base)
     settings = config.training
+    if settings.lora is not None:
+        add_adapters(run.model.trunk, settings.lora)
     with tempfile.TemporaryDirectory() as folder:  # a Trainer makes its folder at once
         args = arguments(settings, seed=config.seed, folder=Path(folder))
         trainer = make_trainer(

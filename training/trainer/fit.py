@@ -26,6 +26,7 @@ from training.states import newest
 from training.trainer.deadline import Deadline
 from training.trainer.frozen import HeadLearner, Outputs
 from training.trainer.learner import Features, FeatureSet, Learned, Learner, collate
+from training.trainer.lora import add_adapters, merge_adapters
 from training.trainer.mixture import MixtureConfig
 from training.trainer.multitask import Evaluator, MultitaskTrainer
 from training.trainer.optimizer import freeze, parameter_groups
@@ -89,6 +90,7 @@ def fit(
 
     Raises ConfigError for settings that cannot work, for nothing to resume from, and for a loss that is not finite.
     """
+    adapters = None if settings.lora is None else add_adapters(model.trunk, settings.lora)
     with _scratch(folder) as home:
         trainer = make_trainer(
             model, tasks, arguments(settings, seed=seed, folder=Path(home)),
@@ -103,6 +105,8 @@ def fit(
         trainer.train(resume_from_checkpoint=state and str(state))
         seconds = time.monotonic() - started
     model.to("cpu").eval()
+    if adapters is not None:
+        merge_adapters(adapters)
     progress = trainer.state
     ended = "out of time" if deadline.reached else "no improvement"
     if progress.global_step >= progress.max_steps:

@@ -45,6 +45,10 @@ def _trained(given: Sequence[str]) -> list[str]:
     """What a run has to say on stdout. Its parts are imported late: they take seconds, and a wrong run file is said
     first."""
     options = _parser().parse_intermixed_args(given)
+    if options.seeds is not None and options.seeds < 1:
+        raise ConfigError(f"--seeds {options.seeds}: allowed: 1 or more")
+    if options.transfer and options.trunks:
+        raise ConfigError("--transfer is of one trunk; allowed: without --trunk, trunk=… instead")
     path, command = find(options.run), shlex.join(["python", "-m", "training", *given])
     config, base = read_config(path, options.overrides), base_of(path)
     try:
@@ -56,10 +60,16 @@ def _trained(given: Sequence[str]) -> list[str]:
                 preview(config, base=base)
             ]
             return "\n".join(plans).splitlines()
-        if options.trunks:
+        if options.transfer:
+            from training.transfer import transfer
+
+            return aligned(transfer(config, seeds=options.seeds or 1, base=base, command=command))
+        if options.trunks or options.seeds:
             from training.compare import compare
 
-            return aligned(compare(config, options.trunks, base=base, command=command))
+            return aligned(
+                compare(config, trunks=options.trunks or (), seeds=options.seeds, base=base, command=command)
+            )
         from training.report.evaluate import signed, table
         from training.run import train
     except ModuleNotFoundError as error:
@@ -107,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a key; the value is parsed as YAML")
     parser.add_argument("--plan", action="store_true", help="say what the run would do and how long, and train nothing")
     parser.add_argument("--trunk", action="append", dest="trunks", help="run once on each of several, and compare")
+    parser.add_argument("--seeds", type=int, metavar="N", help="run from N seeds in a row, and give means")
+    parser.add_argument("--transfer", action="store_true", help="run each task alone too: what does sharing bring?")
     return parser
 
 

@@ -125,6 +125,7 @@ class Training(Section):
     best: str | None = Field(default=None, description="average, or task.metric: keep the weights that are best by it.")
     patience: int | None = Field(default=None, ge=1, description="Stop after so many evaluations without a better one.")
     report_to: tuple[str, ...] = ()
+    gradient_cosines: int = Field(default=0, ge=0, description="Moments at which tasks' gradients are compared.")
     arguments: dict[str, Any] = Field(default={}, description="Further TrainingArguments.")
 
     @field_validator("freeze", "report_to", mode="before")
@@ -209,9 +210,13 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _heads_alone(self) -> RunConfig:
         if self.result == "heads":
-            changed = {"special_tokens": self.special_tokens, "preparations": self.preparations}
-            of_the_trunk = {"training.freeze": self.training.freeze, "training.lora": self.training.lora}
-            for name, value in {**changed, **of_the_trunk}.items():
+            for name, value in {
+                "special_tokens": self.special_tokens,
+                "preparations": self.preparations,
+                "training.freeze": self.training.freeze,
+                "training.lora": self.training.lora,
+                "training.gradient_cosines": self.training.gradient_cosines,
+            }.items():
                 if value:
                     raise ValueError(f"{name}: with result: heads the trunk stays as it is; allowed: to leave it out")
             for name, task in self.tasks.items():

@@ -31,6 +31,7 @@ from training.report.beside import Beside
 from training.report.card import card
 from training.report.evaluate import Scores, evaluate
 from training.report.figures import figures
+from training.trainer.cosines import mean_cosines
 from training.trainer.fit import Trained
 
 _VERSIONS = ("torch", "transformers", "tokenizers", "datasets")
@@ -81,6 +82,7 @@ def finish(config: RunConfig, run: Prepared, trained: Trained, *, command: str, 
         scores=scores,
         test=test,
         calibrations=calibrations,
+        cosines=mean_cosines(trained.cosines),
         audit=audit(run.data),
         source=run.trunk.source,
         command=command,
@@ -209,6 +211,7 @@ def _provenance(config: RunConfig, run: Prepared, result: Result, *, command: st
             "tokens": trained.tokens,
             "ended": trained.ended,
             "best_step": trained.best_step,
+            "gradient_cosines": trained.cosines,
         },
         "log": trained.log,
         "versions": _versions(),

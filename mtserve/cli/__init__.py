@@ -37,12 +37,15 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it: training.epochs=1 seed=3 …")] = None,
     plan: Annotated[bool, typer.Option(help="Say what the run would do and how long, and train nothing.")] = False,
     trunk: Annotated[list[str] | None, typer.Option(help="Run once on each of several, and compare.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Run from so many seeds in a row, and give means.")] = None,
+    transfer: Annotated[bool, typer.Option(help="Run each task alone too: what does sharing bring?")] = False,
 ) -> None:
     """mtserve train RUN.yaml training.epochs=1
 
     Train the tasks of a run file on one trunk and seal the checkpoint. Runs `python -m training` as a child.
     """
-    options = [*(["--plan"] if plan else []), *(f"--trunk={one}" for one in trunk or ())]
+    flags = [name for name, given in (("--plan", plan), ("--transfer", transfer)) if given]
+    options = [*flags, *(f"--trunk={one}" for one in trunk or ()), *([f"--seeds={seeds}"] if seeds is not None else [])]
     child = subprocess.run([sys.executable, "-m", "training", *options, run, *(overrides or [])], check=False)
     raise typer.Exit(child.returncode)
 

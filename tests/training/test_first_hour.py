@@ -60,7 +60,7 @@ def test_a_comparison_looks_for_all_trunks_before_it_trains_on_one(
     path = run_file({"topic": "classification"})
     config = read_config(path, _SHORT)
     with pytest.raises(ResolveError, match=r"\./nowhere"):
-        compare(config, [str(trunk_folder("bert")), "./nowhere"], base=path.parent, command="")
+        compare(config, trunks=[str(trunk_folder("bert")), "./nowhere"], base=path.parent, command="")
     assert not (tmp_path / "out").exists()
 
 
@@ -173,16 +173,16 @@ def test_a_comparison_goes_on_with_the_trunks_that_are_not_done(
 
     monkeypatch.setattr("training.compare.train", counted)
     with pytest.raises(KeyboardInterrupt):
-        compare(config, trunks, base=path.parent, command="")
+        compare(config, trunks=trunks, base=path.parent, command="")
     broken.clear()
-    whole = compare(config, trunks, base=path.parent, command="")
+    whole = compare(config, trunks=trunks, base=path.parent, command="")
     assert trained == ["tiny-bert", "tiny-roberta", "tiny-roberta"]
     assert whole[0] == ("task", "split", "metric", "tiny-bert", "tiny-roberta")
-    assert compare(config, trunks, base=path.parent, command="") == whole
+    assert compare(config, trunks=trunks, base=path.parent, command="") == whole
     assert len(trained) == 3
     with pytest.raises(ConfigError, match="already holds a checkpoint"):
-        compare(config.model_copy(update={"seed": 5}), trunks, base=path.parent, command="")
+        compare(config.model_copy(update={"seed": 5}), trunks=trunks, base=path.parent, command="")
     data = path.parent / "topic.eval.jsonl"
     data.write_text(data.read_text(encoding="utf-8").replace("town", "river", 1), encoding="utf-8")
     with pytest.raises(ConfigError, match="already holds a checkpoint"):
-        compare(config, trunks, base=path.parent, command="")
+        compare(config, trunks=trunks, base=path.parent, command="")

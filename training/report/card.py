@@ -15,6 +15,7 @@ from training.data.audit import Audit
 from training.data.splits import TaskData
 from training.report.evaluate import Scores, signed, table
 from training.report.tables import Line, fenced, markdown
+from training.report.transfer import cosine_table
 
 _LABELS_SHOWN = 12
 _HUB = {
@@ -47,12 +48,14 @@ def card(
     versions: Mapping[str, str],
     test: Mapping[str, Scores] = MappingProxyType({}),
     calibrations: Mapping[str, Calibration] = MappingProxyType({}),
+    cosines: Mapping[tuple[str, str], float] = MappingProxyType({}),
     figures: Collection[str] = (),
 ) -> str:
     """Markdown with the metadata block that model hubs read.
 
     scores    of each task on its evaluation split; `test` of those that have a test split; `calibrations` of those
               whose scores were fitted
+    cosines   of tasks' gradients, where they were measured
     source    what the trunk is called
     figures   names of the pictures beside the card, as `training.report.figures.figures` gives them
     """
@@ -70,6 +73,7 @@ def card(
         fenced(_usage(config, data), "python"),
         "## Training",
         _picture("Loss and metric of each task in training", "figures/curves.png", figures),
+        *cosine_table(cosines),
         fenced(command),
         f"Seed {config.seed}. Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.",
         _folded(

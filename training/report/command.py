@@ -42,7 +42,7 @@ def measured(
     """
     if predictions is not None and not predictions.parent.is_dir():
         raise ConfigError(f"{predictions} cannot be written: {predictions.parent} is no folder")
-    tasks = _untrained(config, base) if checkpoint is None else _sealed(config, base, checkpoint)
+    tasks = _untrained(config, base) if checkpoint is None else sealed(config, base, checkpoint)
     asked = dict(parameters or {})
     knowing = [name for name, (_, of) in tasks.items() if asked.keys() <= of.kind.parameters.model_fields.keys()]
     if not knowing:
@@ -59,8 +59,9 @@ def measured(
     return [*aligned(table(scores, all_metrics=True)), f"examples of {split}: {sizes}", *signed(scores)]
 
 
-def _sealed(config: RunConfig, base: Path, location: str) -> dict[str, tuple[Engine, TaskData]]:
-    """The checkpoint's tasks with the run file's data, under the options that the checkpoint has."""
+def sealed(config: RunConfig, base: Path, location: str) -> dict[str, tuple[Engine, TaskData]]:
+    """The checkpoint's tasks with the run file's data, under the options that the checkpoint has. Raises
+    SetupError."""
     checkpoint = Checkpoint.open(resolve(location))
     engine, found = load_checkpoint(checkpoint), {}
     for name, task in config.tasks.items():

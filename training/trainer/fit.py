@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mtserve.errors import ConfigError
 from mtserve.model import Model
 from training.config import Training
 from training.states import newest
+from training.trainer.cosines import GradientCosines
 from training.trainer.deadline import Deadline
 from training.trainer.frozen import HeadLearner, Outputs
 from training.trainer.learner import Features, FeatureSet, Learned, Learner, collate
@@ -57,6 +58,7 @@ class Trained:
     tokens     real ones that went through the trunk
     ended      why it stopped: `finished`, `no improvement` or `out of time`
     best_step  whose weights the model has; None where they are the last ones
+    cosines    of the tasks' gradients: a row a moment (trainer/cosines.py)
     """
 
     steps: int
@@ -65,6 +67,7 @@ class Trained:
     log: list[dict[str, float]]
     ended: str = "finished"
     best_step: int | None = None
+    cosines: list[dict[str, Any]] = field(default_factory=list)
 
 
 def fit(
@@ -98,6 +101,8 @@ def fit(
         )  # fmt: skip
         deadline = Deadline(float("inf") if ends_at is None else ends_at)
         trainer.add_callback(deadline)
+        if settings.gradient_cosines and outputs is None:
+            trainer.add_callback(GradientCosines(trainer, model.trunk, moments=settings.gradient_cosines))
         state = newest(Path(home)) if resume else None
         if resume and state is None:
             raise ConfigError(f"resume: {home} holds no state to go on from")
@@ -118,6 +123,7 @@ def fit(
         log=_log(progress.log_history),
         ended=ended,
         best_step=progress.best_global_step if settings.best else None,
+        cosines=[entry for entry in progress.log_history if "cosines" in entry],
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -157,14 +158,22 @@ def test_half_precision_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> Non
         assert arguments(Training(bf16=not wanted), seed=0, folder=Path()).bf16 is not wanted
 
 
-def test_checkpointed_activations_change_nothing(plain: tuple[Trained, Weights]) -> None:
+@pytest.fixture(scope="module")
+def torchs() -> tuple[Trained, Weights]:
+    """A run with torch's own dropout, as one has that computes activations again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.trainer.learner.OnCpu", nullcontext)
+        return trained()
+
+
+def test_checkpointed_activations_change_nothing(torchs: tuple[Trained, Weights]) -> None:
     """With dropout: masks of the second computation are those of the first."""
     found, weights = trained(gradient_checkpointing=True)
     for name, tensor in weights.items():
-        torch.testing.assert_close(tensor, plain[1][name], rtol=1e-5, atol=1e-6, msg=name)
-    for row, twin in zip(found.log, plain[0].log, strict=True):
+        torch.testing.assert_close(tensor, torchs[1][name], rtol=1e-5, atol=1e-6, msg=name)
+    for row, twin in zip(found.log, torchs[0].log, strict=True):
         assert row == pytest.approx(twin, rel=1e-5)
-    assert found.tokens == plain[0].tokens
+    assert found.tokens == torchs[0].tokens
 
 
 def test_weights_of_tasks_and_of_classes(plain: tuple[Trained, Weights]) -> None:
@@ -307,7 +316,9 @@ def test_every_supported_argument_is_trained_with() -> None:
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_kwargs. is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", PASSED)
-def test_arguments_are_passed_on(name: str, plain: tuple[Trained, Weights], tmp_path: Path) -> None:
+def test_arguments_are_passed_on(
+    name: str, plain: tuple[Trained, Weights], torchs: tuple[Trained, Weights], tmp_path: Path
+) -> None:
     value, changes = PASSED[name]
     given = {name: value}
     settings: dict[str, Any] = {}
@@ -327,7 +338,7 @@ def test_arguments_are_passed_on(name: str, plain: tuple[Trained, Weights], tmp_
         assert found.best_step in (2, None) or name == "eval_delay"
     elif "checkpointing" in name:
         for key, tensor in weights.items():
-            torch.testing.assert_close(tensor, plain[1][key], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(tensor, torchs[1][key], rtol=1e-5, atol=1e-6)
     else:
         assert not moved(weights, plain[1])
     if name == "logging_first_step":

@@ -6,6 +6,7 @@ A batch is of one task; the loss is the kind's own mean over the batch's example
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from mtserve.model import Model
 from mtserve.rows import Row
 from mtserve.tasks.base import IGNORED, PLAIN, AnyKind, Kind, LossTerms, Options
 from training.data.examples import Feature
+from training.trainer.on_cpu import OnCpu
 
 _WIDE = frozenset({"causal_lm", "masked_lm"})
 """Heads whose logits are as wide as the vocabulary, and which look at each position alone."""
@@ -41,6 +43,7 @@ class Learner(nn.Module):
     def __init__(self, model: Model, tasks: Mapping[str, Learned]) -> None:
         super().__init__()
         self.model, self.tasks = model, tasks
+        self._recomputes = False
 
     def forward(
         self,
@@ -53,10 +56,11 @@ class Learner(nn.Module):
     ) -> dict[str, Tensor]:
         """The batch's mean loss. All three tensors are (rows, seq); `rows` and `targets` have one entry an example."""
         task = self.tasks[task_name]
-        if task.kind.head(task.options).architecture in _WIDE:
-            logits, targets = self._counted(task_name, input_ids, attention_mask, token_type_ids, targets)
-        else:
-            logits = self.model(task_name, input_ids, attention_mask, token_type_ids)
+        with OnCpu() if input_ids.device.type == "cpu" and not self._recomputes else nullcontext():
+            if task.kind.head(task.options).architecture in _WIDE:
+                logits, targets = self._counted(task_name, input_ids, attention_mask, token_type_ids, targets)
+            else:
+                logits = self.model(task_name, input_ids, attention_mask, token_type_ids)
         return {"loss": task.kind.loss(logits.float(), rows, targets, task.options, task.terms)}
 
     def _counted(
@@ -80,6 +84,7 @@ class Learner(nn.Module):
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **placement: Any
     ) -> None:
         """Compute the trunk's activations again in the backward pass (Chen et al., 2016); the Trainer calls this."""
+        self._recomputes = True  # in the backward pass, where no context is entered again
         self.model.trunk.activation_checkpointing_enable(
             activation_checkpointing_kwargs=activation_checkpointing_kwargs, **placement
         )

@@ -38,16 +38,18 @@ class TrunkStates:
     hidden    (rows, seq, hidden)   last hidden states
     pooled    (rows, hidden)        the trunk's own pooler output, where the family has a pooler
     mask      (rows, seq)           1 at real tokens, which stand at the left
+    second    (rows,)               where a row's second text begins, 0 where it has one alone; for heads of pairs
     """
 
     hidden: Tensor
     pooled: Tensor | None
     mask: Tensor
+    second: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> TrunkStates:
         """The same in a precision."""
         pooled = None if self.pooled is None else self.pooled.to(dtype)
-        return TrunkStates(self.hidden.to(dtype), pooled, self.mask)
+        return TrunkStates(self.hidden.to(dtype), pooled, self.mask, self.second)
 
     def gathered(self, reads: Reads) -> TrunkStates:
         """Only the positions that a head reads: (rows, 1, hidden) unless it reads all."""
@@ -76,17 +78,20 @@ class FlatStates:
     counts: Ints
     pooled: Tensor | None = None
 
-    def read(self, head: Head, rows: Ints, answers: Ints) -> TrunkStates:
+    def read(self, head: Head, rows: Ints, answers: Ints, second: Ints) -> TrunkStates:
         """What a head needs of some rows, by index: of its one position a row, (rows, 1, hidden); of each of the last
         `answers` positions where it answers for those, (sum of answers, 1, hidden); of every token where it answers
-        for each, (sum of counts, 1, hidden); else of the whole rows, padded at the right."""
+        for each, (sum of counts, 1, hidden); else of the whole rows, padded at the right. `second` is where each row's
+        second text begins."""
         starts, counts = self.starts[rows], self.counts[rows]
         if head.reads == "last" and head.per_token:
             return self._alone(_spans(starts + counts - answers, answers))
         if head.reads == "all" and head.per_token:
             return self._alone(_spans(starts, counts))
         if head.reads == "all":
-            return self._padded(starts, counts)
+            states = self._padded(starts, counts)
+            states.second = self._index(second) if isinstance(head, PairHead) else None
+            return states
         states = self._alone(starts + counts - 1 if head.reads == "last" else starts)
         states.pooled = None if self.pooled is None else self.pooled[self._index(rows)]
         return states
@@ -213,12 +218,42 @@ class PoolingHead(nn.Module):
     def forward(self, states: TrunkStates) -> Tensor:
         """(rows, hidden)"""
         if self.pooling == "mean":
-            mask = states.mask[:, :, None].to(states.hidden.dtype)
-            return (states.hidden * mask).sum(1) / mask.sum(1)
+            return _mean(states.hidden, states.mask > 0)
         return states.gathered(self.reads).hidden[:, 0]
 
 
-Head = StockHead | PoolingHead
+class PairHead(nn.Module):
+    """A linear layer over what two texts that were encoded together are to each other: the mean states u and v of their
+    tokens, |u - v| and u * v (Conneau et al., 2017, whose texts were encoded apart). Of a text alone v is zero."""
+
+    def __init__(self, spec: HeadSpec, config: PretrainedConfig) -> None:
+        super().__init__()
+        own, of_trunk = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout_prob"))
+        self.dropout = nn.Dropout(next((share for share in (own, of_trunk) if share is not None), 0.1))
+        self.output = nn.Linear(4 * hidden_size(config), len(spec.labels))
+        nn.init.normal_(self.output.weight, std=0.02)
+        nn.init.zeros_(self.output.bias)
+        self.per_token = False
+        self.reads: Reads = "all"
+        self.config = None
+
+    def forward(self, states: TrunkStates) -> Tensor:
+        """(rows, n_out)"""
+        assert states.second is not None
+        hidden, real = states.hidden, states.mask > 0
+        begins = torch.where(states.second > 0, states.second, real.shape[1])[:, None]
+        behind = torch.arange(real.shape[1], device=real.device)[None] >= begins
+        u, v = (_mean(hidden, real & part) for part in (~behind, behind))
+        return cast("Tensor", self.output(self.dropout(torch.cat([u, v, (u - v).abs(), u * v], -1))))
+
+
+def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(rows, hidden): the mean over the masked positions of each row, zero where there is none."""
+    weights = mask[:, :, None].to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+Head = StockHead | PoolingHead | PairHead
 
 
 def stock_class(spec: HeadSpec, config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mtserve.errors import CheckpointError
-from mtserve.heads import Head, PoolingHead, StockHead, TrunkStates
+from mtserve.heads import Head, PairHead, PoolingHead, StockHead, TrunkStates
 from mtserve.tasks.base import HeadSpec
 from mtserve.trunk import inputs_of
 
@@ -29,8 +29,7 @@ class Model(nn.Module):
 
         An output matrix that the family ties to its embeddings is the trunk's own.
         """
-        made_by = config or self.trunk.config
-        head: Head = PoolingHead(spec) if spec.architecture == "pooling" else StockHead(spec, made_by)
+        head = _make(spec, config or self.trunk.config)
         if isinstance(head, StockHead) and self.trunk.config.tie_word_embeddings:
             head.tie(self.trunk)
         self.heads[module_name(task)] = head.train(self.training)
@@ -45,10 +44,12 @@ class Model(nn.Module):
         output = self.trunk(attention_mask=mask, **inputs_of(self.trunk, ids, type_ids))
         return TrunkStates(output.last_hidden_state, getattr(output, "pooler_output", None), mask)
 
-    def forward(self, task: str, ids: Tensor, mask: Tensor, type_ids: Tensor) -> Tensor:
-        """Logits of one task for padded rows: (rows, n_out), or (rows, seq, n_out) from a head of token outputs."""
+    def forward(self, task: str, ids: Tensor, mask: Tensor, type_ids: Tensor, second: Tensor | None = None) -> Tensor:
+        """Logits of one task for padded rows: (rows, n_out), or (rows, seq, n_out) from a head of token outputs.
+        `second` (rows,) is where their second texts begin, for heads of pairs."""
         head = self.head(task)
         states = self.states(ids, mask, type_ids)
+        states.second = second
         return cast("Tensor", head(states if head.per_token else states.gathered(head.reads)))
 
     def head_state(self, task: str) -> dict[str, Tensor]:
@@ -81,6 +82,12 @@ class Model(nn.Module):
                 shapes = f"{tuple(tensors[name].shape)} found, {tuple(tensor.shape)} needed"
                 raise CheckpointError(f"task {task!r}: tensor {name} has a wrong shape: {shapes}")
             tensor.copy_(tensors[name])
+
+
+def _make(spec: HeadSpec, config: PretrainedConfig) -> Head:
+    if spec.architecture == "pooling":
+        return PoolingHead(spec)
+    return PairHead(spec, config) if spec.architecture == "pair" else StockHead(spec, config)
 
 
 def module_name(task: str) -> str:

@@ -58,6 +58,7 @@ class Row:
     part        which of the example's sequences this is: a choice, or one text of a pair encoded apart
     window      which window of that sequence, from 0
     first       position of the row's first own token in the uncut token sequence (windows overlap)
+    second      where the second text of a pair begins; 0 where there is none
     shared      how many of its first tokens all rows of the example have (one question, several choices)
     past        what a backend keeps of it between steps; None for rows of one pass
     answers     for how many of its last positions a head that reads the last one answers
@@ -71,6 +72,7 @@ class Row:
     part: int = 0
     window: int = 0
     first: int = 0
+    second: int = 0
     shared: int = 0
     past: Past | None = None
     answers: int = 1

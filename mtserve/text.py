@@ -271,7 +271,8 @@ class Text:
                     offsets[at] = span
         types = full.type_ids if self.spec.pair_separator is None else [0] * len(full.ids)  # no template gives any
         row = make_row(full.ids, types, offsets, full.special_tokens_mask)
-        return replace(row, part=part, cut=cut, window=window, first=first_token)
+        begins = next((at for at, sequence in enumerate(full.sequence_ids) if sequence == 1), 0)
+        return replace(row, part=part, cut=cut, window=window, first=first_token, second=begins)
 
     def _windows(
         self, first: _Encoded, second: _Encoded | None, budget: int, *, stride: int, cut_first: bool, part: int

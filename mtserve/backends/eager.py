@@ -308,7 +308,8 @@ class EagerBackend:
                 which = np.array([place[at] for at in some], np.int32)
                 answers = np.array([rows[at].answers for at in some], np.int32)
                 head = self.served.head(task)
-                read = states.read(head, which, answers).to(self.served.head_dtype(task))
+                second = np.array([rows[at].second for at in some], np.int32)
+                read = states.read(head, which, answers, second).to(self.served.head_dtype(task))
                 values = self.lane.fetched(head(read).float())  # (rows, n_out), or (rows, 1, n_out) a token
                 if head.per_token:
                     counts = states.counts[which] if head.reads == "all" else answers

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from mtserve.checkpoint import Checkpoint
 from mtserve.errors import CheckpointError, ConfigError, UnknownTaskError
-from mtserve.heads import StockHead, stock_class
+from mtserve.heads import PairHead, StockHead, stock_class
 from mtserve.interop.assemble import output_layer, stretch
 from mtserve.interop.tokenizers import write_tokenizer
 from mtserve.manifest import TaskEntry
@@ -47,6 +47,8 @@ def split_head(checkpoint: Checkpoint, task: str, output: Path) -> list[str]:
     model = load_model(checkpoint)
     head = model.head(task)
     if not isinstance(head, StockHead):
+        if isinstance(head, PairHead):
+            raise ConfigError(f"task {task!r} has pooling pair, which no stock model of Transformers has")
         found = f"task {task!r} compares the trunk's states and has no weights"
         raise ConfigError(f"{found}; its stock model is the trunk alone, {checkpoint.folder / 'trunk'}")
     if isinstance(options, SimilarityOptions):

@@ -32,10 +32,16 @@ if TYPE_CHECKING:
 Reads = Literal["first", "last", "pooled", "all"]
 Pooling = Literal["first", "last", "pooled"]
 """Which state stands for a row: that of its first or last token, or the trunk's pooler output."""
+PairPooling = Pooling | Literal["pair"]
+"""Or, of a pair: both texts' mean states, their difference and their product."""
 TEMPERATURE: Any = Field(default=1.0, gt=0, description="Divides the logits before they become scores; fitted.")
-POOLING: Any = Field(default=None, description="State of a row that the head reads; training finds out and says.")
+POOLING: Any = Field(
+    default=None,
+    description="State of a row that the head reads: training finds out and says. Or pair: the means of both texts, "
+    "their difference and product.",
+)
 Architecture = Literal[
-    "sequence_classification", "token_classification", "multiple_choice", "causal_lm", "masked_lm", "pooling"
+    "sequence_classification", "token_classification", "multiple_choice", "causal_lm", "masked_lm", "pooling", "pair"
 ]
 Item = Any
 """One element of a request's `inputs`, as parsed from JSON."""
@@ -47,7 +53,8 @@ IGNORED = -100
 class HeadSpec(BaseModel):
     """What head a task needs, as data: `mtserve.model` makes the torch module of it.
 
-    architecture   which stock Transformers task model the head is taken from; `pooling` has no weights
+    architecture   which stock Transformers task model the head is taken from; `pooling` has no weights, `pair` is a
+                   linear layer over what the two texts of a row are to each other
     labels         names of the outputs in order; their number is the width of the logits
     problem_type   as in Transformers' configs
     pooling        for `pooling` only: which hidden states make the text's embedding
@@ -61,6 +68,13 @@ class HeadSpec(BaseModel):
     problem_type: str | None = None
     pooling: Literal["mean", "first", "last"] | None = None
     reads: Reads | None = None
+
+    @classmethod
+    def of_rows(cls, architecture: Architecture, pooling: PairPooling | None, **more: Any) -> HeadSpec:
+        """A head that answers once a row, from the state that `pooling` names."""
+        if pooling == "pair":
+            return cls(architecture="pair", **more)
+        return cls(architecture=architecture, reads=pooling, **more)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from mtserve.tasks.base import (
     Kind,
     LossTerms,
     Options,
+    PairPooling,
     Parameters,
-    Pooling,
 )
 from mtserve.tasks.measures import LabelScores, Metrics, Outcomes, label_report
 from mtserve.tasks.scores import sigmoid, softmax
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 class ClassificationOptions(Options):
     labels: tuple[str, ...] = Field(min_length=1, description="Label names in the order of the head's outputs.")
     multi_label: bool = Field(default=False, description="Any number of labels may hold at once.")
-    pooling: Pooling | None = POOLING
+    pooling: PairPooling | None = POOLING
     temperature: float = TEMPERATURE
     thresholds: tuple[float, ...] | None = Field(
         default=None, description="Of a multi-label task: from which score each label holds; 0.5 by default. Fitted."
@@ -114,8 +114,7 @@ class Classification(
 
     def head(self, options: ClassificationOptions) -> HeadSpec:
         problem = "multi_label_classification" if options.multi_label else "single_label_classification"
-        of = "sequence_classification"
-        return HeadSpec(architecture=of, labels=options.labels, problem_type=problem, reads=options.pooling)
+        return HeadSpec.of_rows("sequence_classification", options.pooling, labels=options.labels, problem_type=problem)
 
     def fit(self, examples: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
         fitted = dict(options)

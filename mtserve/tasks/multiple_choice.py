@@ -22,8 +22,8 @@ from mtserve.tasks.base import (
     Kind,
     LossTerms,
     Options,
+    PairPooling,
     Parameters,
-    Pooling,
 )
 from mtserve.tasks.measures import Metrics, Outcomes
 from mtserve.tasks.scores import softmax
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class MultipleChoiceOptions(Options):
-    pooling: Pooling | None = POOLING
+    pooling: PairPooling | None = POOLING
     temperature: float = TEMPERATURE
 
 
@@ -91,7 +91,7 @@ class MultipleChoice(
         return [replace(row, shared=shared) for row in rows]
 
     def head(self, options: MultipleChoiceOptions) -> HeadSpec:
-        return HeadSpec(architecture="multiple_choice", labels=("score",), reads=options.pooling)
+        return HeadSpec.of_rows("multiple_choice", options.pooling, labels=("score",))
 
     def target(self, example: LabelledMultipleChoice, rows: Sequence[Row], options: MultipleChoiceOptions) -> Any:
         if example.answer >= len(example.choices):

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 from mtserve.errors import InputError, Problem
 from mtserve.rows import Floats, Row
-from mtserve.tasks.base import PLAIN, Example, HeadSpec, Item, Kind, LossTerms, Options, Parameters, Pooling
+from mtserve.tasks.base import PLAIN, Example, HeadSpec, Item, Kind, LossTerms, Options, PairPooling, Parameters
 from mtserve.tasks.measures import Metrics, Outcomes
 from mtserve.tasks.validation import validate
 from mtserve.tasks.windows import merge, merge_tensor
@@ -29,22 +29,23 @@ class SimilarityOptions(Options):
     )
     low: float = Field(default=0.0, description="Score of texts that have nothing in common.")
     high: float = Field(default=1.0, description="Score of texts that mean the same.")
-    pooling: Literal["mean"] | Pooling | None = Field(
+    pooling: Literal["mean"] | PairPooling | None = Field(
         default=None,
         description="State that stands for a row. For cosine mean (the default), first or last; for regression the "
-        "one that the head reads: training finds out and says.",
+        "one that the head reads, which training finds out and says, or pair: the means of both texts, their "
+        "difference and product.",
     )
 
     @property
     def embedding(self) -> Literal["mean", "first", "last"]:
         """For cosine: which states make the text's embedding."""
-        return "mean" if self.pooling is None or self.pooling == "pooled" else self.pooling
+        return self.pooling if self.pooling in ("first", "last") else "mean"
 
     @model_validator(mode="after")
     def _pooling_fits(self) -> SimilarityOptions:
-        wrong = "pooled" if self.method == "cosine" else "mean"
-        if self.pooling == wrong:
-            raise ValueError(f"pooling {wrong} is not possible for {self.method}")
+        wrong = ("pooled", "pair") if self.method == "cosine" else ("mean",)
+        if self.pooling in wrong:
+            raise ValueError(f"pooling {self.pooling} is not possible for {self.method}")
         return self
 
     @model_validator(mode="after")
@@ -98,8 +99,7 @@ class Similarity(Kind[SimilarityOptions, SimilarityParameters, SimilarityExample
         if options.method == "cosine":
             return HeadSpec(architecture="pooling", pooling=options.embedding)
         reads = None if options.pooling == "mean" else options.pooling
-        of = "sequence_classification"
-        return HeadSpec(architecture=of, labels=("score",), problem_type="regression", reads=reads)
+        return HeadSpec.of_rows("sequence_classification", reads, labels=("score",), problem_type="regression")
 
     def target(self, example: LabelledSimilarity, rows: Sequence[Row], options: SimilarityOptions) -> Any:
         if not options.low <= example.score <= options.high:

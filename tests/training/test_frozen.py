@@ -69,7 +69,7 @@ def test_new_heads_learn_and_all_else_stays(home: Path, run_file: Run) -> None:
 @pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "distilbert"])
 def test_3_a_head_sees_what_it_would_see_of_the_trunk(run_file: Run, tmp_path: Path, family: str) -> None:
     tasks = {"topic": "classification", "choice": "multiple_choice", "names": "token_classification"}
-    config = read_config(run_file(tasks, family), ())
+    config = read_config(run_file(tasks, family), ["tasks.choice.options.pooling=pair"])
     made = prepare(config, base=tmp_path)
     for name, of in made.data.items():
         features = list(of.train.features)
@@ -79,9 +79,11 @@ def test_3_a_head_sees_what_it_would_see_of_the_trunk(run_file: Run, tmp_path: P
         some = [row for rows, _ in features[:5] for row in rows]
         given = found.of(some)
         head = made.model.eval().head(name)
-        states = frozen.TrunkStates(given["hidden"], given["hidden"][:, 0] if found.pooled else None, given["mask"])
+        pooled, second = given["hidden"][:, 0] if found.pooled else None, given["second"]
+        states = frozen.TrunkStates(given["hidden"], pooled, given["mask"], second)
+        assert second.any() == (name == "choice")
         with torch.inference_mode():
-            ours, theirs = head(states), made.model(name, *padded(some, pad_id=made.trunk.spec.pad_id))
+            ours, theirs = head(states), made.model(name, *padded(some, pad_id=made.trunk.spec.pad_id), second)
         for row, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             many = len(some[row]) if head.per_token else len(one)
             np.testing.assert_allclose(one[:many], other[:many], atol=1e-5)

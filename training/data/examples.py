@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar, overload
 
@@ -34,6 +34,7 @@ _ROWS = {
     "_special": List(List(Value("bool"))),
     "_part": List(Value("int32")),
     "_cut": List(Value("int32")),
+    "_second": List(Value("int32")),
     "_target": Value("string"),
 }
 
@@ -141,6 +142,7 @@ def featurise(kind: AnyKind, options: Options, text: Text, records: Records, *, 
             "_special": [row.special for row in rows],
             "_part": [row.part for row in rows],
             "_cut": [row.cut for row in rows],
+            "_second": [row.second for row in rows],
             "_target": json.dumps(target, default=lambda array: array.tolist()),
         }
 
@@ -176,11 +178,10 @@ def _named(feature: Any, value: Any) -> Any:
 def _feature(cells: Mapping[str, Any]) -> Feature:
     """Rows and target of a table's row; rows without offsets, which only decoding needs."""
     rows = [
-        Row(ids=made.ids, type_ids=made.type_ids, offsets=made.offsets, special=made.special, part=part, cut=cut)
-        for ids, types, special, part, cut in zip(
-            *(cells[name] for name in ("_ids", "_type_ids", "_special", "_part", "_cut")), strict=True
+        replace(make_row(ids, types, np.zeros((len(ids), 2)), special), part=part, cut=cut, second=second)
+        for ids, types, special, part, cut, second in zip(
+            *(cells[name] for name in ("_ids", "_type_ids", "_special", "_part", "_cut", "_second")), strict=True
         )
-        for made in [make_row(ids, types, np.zeros((len(ids), 2)), special)]
     ]
     return rows, _target(json.loads(cells["_target"]))
 

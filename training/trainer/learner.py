@@ -60,7 +60,8 @@ class Learner(nn.Module):
             if task.kind.head(task.options).architecture in _WIDE:
                 logits, targets = self._counted(task_name, input_ids, attention_mask, token_type_ids, targets)
             else:
-                logits = self.model(task_name, input_ids, attention_mask, token_type_ids)
+                second = second_texts(list(chain.from_iterable(rows))).to(input_ids.device)
+                logits = self.model(task_name, input_ids, attention_mask, token_type_ids, second)
         return {"loss": task.kind.loss(logits.float(), rows, targets, task.options, task.terms)}
 
     def _counted(
@@ -117,6 +118,11 @@ class FeatureSet(Dataset[Feature]):
             return found
         draws = [np.random.default_rng([self.seed, epoch, index, *self.task.encode()]) for index in indexes]
         return [self.kind.corrupt(*feature, draw) for feature, draw in zip(found, draws, strict=True)]
+
+
+def second_texts(rows: Sequence[Row]) -> Tensor:
+    """(rows,) where each row's second text begins."""
+    return torch.tensor([row.second for row in rows])
 
 
 def collate(features: Sequence[Feature], *, pad_id: int) -> dict[str, Any]:

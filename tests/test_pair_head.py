@@ -1,0 +1,130 @@
+"""Heads of pairs: what they see of two texts, on every path that leads to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import mtserve
+from mtserve.backends.staging import padded
+from mtserve.errors import ConfigError
+from mtserve.interop.split import split_head
+from mtserve.tasks import KINDS
+from tests.tiny import PAD, Tiny, tiny, write_checkpoint
+
+TASKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "follows": ("classification", {"labels": ["yes", "no"], "pooling": "pair", "max_length": 48}),
+    "close": ("similarity", {"low": 0, "high": 5, "pooling": "pair", "max_length": 48}),
+    "pick": ("multiple_choice", {"pooling": "pair", "max_length": 48}),
+    "topic": ("classification", {"labels": ["good", "bad"], "max_length": 48}),
+}
+PAIRS = [
+    {"text": "the parcel arrived two days late", "text_pair": "good"},
+    {"text": "good", "text_pair": "what do you open when it starts to rain ?"},
+    {"text": "a book"},
+    {"text": "a book", "text_pair": ""},
+]
+
+
+@pytest.fixture(params=["bert", "roberta", "gpt2", "llama", "modernbert"])
+def small(request: pytest.FixtureRequest) -> Tiny:
+    return tiny(request.param, tasks=TASKS)
+
+
+def by_hand(small: Tiny, task: str, row: Any, *, begins: int) -> np.ndarray:
+    """Logits of one row, from the trunk's states of that row alone."""
+    with torch.inference_mode():
+        hidden = small.model.states(*padded([row], pad_id=PAD)).hidden[0]
+        u = hidden[:begins].mean(0)
+        v = hidden[begins:].mean(0) if begins < len(row) else torch.zeros_like(u)
+        output = small.model.head(task).output  # type: ignore[union-attr]
+        found: np.ndarray = output(torch.cat([u, v, (u - v).abs(), u * v])).numpy()
+    return found
+
+
+def test_it_reads_both_texts_means_their_difference_and_product(small: Tiny) -> None:
+    works = small.engine.prepare_all("follows", PAIRS)
+    rows = [work.rows[0] for work in works]
+    alone = len(small.engine.prepare_all("follows", [{"text": "a book"}])[0].rows[0])
+    begins = [row.second or len(row) for row in rows]
+    for row, at, pair in zip(rows, begins, PAIRS, strict=True):
+        if pair.get("text_pair"):
+            assert 0 < at < len(row)
+            first = small.engine.prepare_all("follows", [{"text": pair["text"]}])[0].rows[0]
+            own = [i for i, special in zip(first.ids, first.special, strict=True) if not special]
+            before = [i for i, special in zip(row.ids[:at], row.special[:at], strict=True) if not special]
+            assert before == own, "the first text's tokens stand before it, and no other"
+    assert begins[2] == alone
+    small.engine.run(works)
+    for work, at in zip(works, begins, strict=True):
+        np.testing.assert_allclose(
+            np.stack(work.logits)[0], by_hand(small, "follows", work.prompt[0], begins=at), atol=2e-5
+        )
+
+
+def test_what_training_computes_is_what_is_served(small: Tiny) -> None:
+    works = small.engine.prepare_all("close", PAIRS[:2])
+    rows = [work.rows[0] for work in works]
+    small.engine.run(works)
+    second = torch.tensor([row.second for row in rows])
+    with torch.inference_mode():
+        trained = small.model("close", *padded(rows, pad_id=PAD), second)
+    np.testing.assert_allclose(trained.numpy(), np.stack([np.stack(work.logits)[0] for work in works]), atol=2e-5)
+
+
+def test_every_kind_that_has_it_answers_alone_as_in_a_batch_and_after_loading(small: Tiny, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "made", small)
+    loaded = mtserve.load(tmp_path / "made")
+    for task in small.tasks:
+        sample = task.kind.sample(task.options)
+        others = PAIRS if task.name in ("follows", "topic") else [sample] if task.name == "pick" else PAIRS[:2]
+        alone = small.engine.predict(task.name, [sample])[0]
+        for engine in (small.engine, loaded):
+            batch = engine.predict(task.name, [*others, sample])[-1]
+            assert_equal(batch, alone)
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    if isinstance(one, list):
+        for left, right in zip(one, other, strict=True):
+            assert_equal(left, right)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, abs=2e-5)
+    else:
+        assert one == other
+
+
+def test_windows_have_their_own_beginnings() -> None:
+    options = {"labels": ["yes", "no"], "pooling": "pair", "max_length": 12, "on_long": "window", "stride": 2}
+    small = tiny("bert", tasks={"follows": ("classification", options)})
+    works = small.engine.prepare_all(
+        "follows", [{"text": "the parcel arrived two days late " * 3, "text_pair": "good"}]
+    )
+    rows = works[0].rows
+    assert len(rows) > 2
+    for row in rows:
+        own = row.ids[row.second : len(row) - 1]
+        assert own.tolist() == rows[0].ids[rows[0].second : -1].tolist()
+    small.engine.run(works)
+    for row, logits in zip(works[0].prompt, works[0].logits, strict=True):
+        np.testing.assert_allclose(logits, by_hand(small, "follows", row, begins=row.second), atol=2e-5)
+
+
+def test_no_stock_model_has_it(tmp_path: Path) -> None:
+    small = tiny("bert", tasks=TASKS)
+    checkpoint = write_checkpoint(tmp_path / "made", small)
+    with pytest.raises(ConfigError, match="task 'follows' has pooling pair, which no stock model of Transformers has"):
+        split_head(checkpoint, "follows", tmp_path / "stock")
+
+
+def test_a_cosine_has_no_pair() -> None:
+    with pytest.raises(ValueError, match="pooling pair is not possible for cosine"):
+        KINDS["similarity"].options.model_validate({"method": "cosine", "pooling": "pair"})

@@ -224,7 +224,10 @@ class PoolingHead(nn.Module):
 
 class PairHead(nn.Module):
     """A linear layer over what two texts that were encoded together are to each other: the mean states u and v of their
-    tokens, |u - v| and u * v (Conneau et al., 2017, whose texts were encoded apart). Of a text alone v is zero."""
+    tokens, |u - v| and u * v (Conneau et al., 2017, whose texts were encoded apart). Of a text alone v is zero.
+
+    With pooling `mean` each row's embedding, the mean state of all its tokens, stands behind its outputs.
+    """
 
     def __init__(self, spec: HeadSpec, config: PretrainedConfig) -> None:
         super().__init__()
@@ -233,18 +236,20 @@ class PairHead(nn.Module):
         self.output = nn.Linear(4 * hidden_size(config), len(spec.labels))
         nn.init.normal_(self.output.weight, std=0.02)
         nn.init.zeros_(self.output.bias)
+        self.embeds = spec.pooling == "mean"
         self.per_token = False
         self.reads: Reads = "all"
         self.config = None
 
     def forward(self, states: TrunkStates) -> Tensor:
-        """(rows, n_out)"""
+        """(rows, n_out), or (rows, n_out + hidden) with embeddings."""
         assert states.second is not None
         hidden, real = states.hidden, states.mask > 0
         begins = torch.where(states.second > 0, states.second, real.shape[1])[:, None]
         behind = torch.arange(real.shape[1], device=real.device)[None] >= begins
         u, v = (_mean(hidden, real & part) for part in (~behind, behind))
-        return cast("Tensor", self.output(self.dropout(torch.cat([u, v, (u - v).abs(), u * v], -1))))
+        found = self.output(self.dropout(torch.cat([u, v, (u - v).abs(), u * v], -1)))
+        return torch.cat([found, _mean(hidden, real).to(found.dtype)], -1) if self.embeds else cast("Tensor", found)
 
 
 def _mean(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from tests.tiny import PAD, Tiny, tiny, write_checkpoint
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "follows": ("classification", {"labels": ["yes", "no"], "pooling": "pair", "max_length": 48}),
     "close": ("similarity", {"low": 0, "high": 5, "pooling": "pair", "max_length": 48}),
+    "blend": ("similarity", {"low": 0, "high": 5, "method": "both", "max_length": 48}),
     "pick": ("multiple_choice", {"pooling": "pair", "max_length": 48}),
     "topic": ("classification", {"labels": ["good", "bad"], "max_length": 48}),
 }
@@ -76,6 +77,35 @@ def test_what_training_computes_is_what_is_served(small: Tiny) -> None:
     np.testing.assert_allclose(trained.numpy(), np.stack([np.stack(work.logits)[0] for work in works]), atol=2e-5)
 
 
+def test_both_methods_are_averaged(small: Tiny) -> None:
+    """Score and loss are the means of those of two heads with the same weights."""
+    alone = tiny(
+        small.model.trunk.config.model_type,
+        tasks={
+            "pair": TASKS["close"],
+            "cosine": ("similarity", {"low": 0, "high": 5, "method": "cosine", "max_length": 48}),
+        },
+    )
+    with torch.no_grad():
+        for ours, theirs in zip(
+            small.model.head("blend").parameters(), alone.model.head("pair").parameters(), strict=True
+        ):
+            theirs.copy_(ours)
+    asked = [*PAIRS[:2], {"text": "a book", "text_pair": "a book"}]
+    found = [one["score"] for one in small.engine.predict("blend", asked)]
+    parts = [[one["score"] for one in alone.engine.predict(task, asked)] for task in ("pair", "cosine")]
+    assert found == pytest.approx(np.mean(parts, 0), abs=1e-4)
+    targets, losses = [0.2, 0.9, 1.0], []
+    for tried, task in ((small, "blend"), (alone, "pair"), (alone, "cosine")):
+        rows = [work.rows for work in tried.engine.prepare_all(task, asked)]
+        flat = [row for each in rows for row in each]
+        with torch.inference_mode():
+            logits = tried.model(task, *padded(flat, pad_id=PAD), torch.tensor([row.second for row in flat]))
+        of = tried.engine.tasks[task]
+        losses.append(float(of.kind.loss(logits, rows, targets, of.options)))
+    assert losses[0] == pytest.approx((losses[1] + losses[2]) / 2, rel=1e-4)
+
+
 def test_every_kind_that_has_it_answers_alone_as_in_a_batch_and_after_loading(small: Tiny, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "made", small)
     loaded = mtserve.load(tmp_path / "made")
@@ -125,6 +155,7 @@ def test_no_stock_model_has_it(tmp_path: Path) -> None:
         split_head(checkpoint, "follows", tmp_path / "stock")
 
 
-def test_a_cosine_has_no_pair() -> None:
-    with pytest.raises(ValueError, match="pooling pair is not possible for cosine"):
-        KINDS["similarity"].options.model_validate({"method": "cosine", "pooling": "pair"})
+@pytest.mark.parametrize(("method", "pooling"), [("cosine", "pair"), ("both", "first"), ("regression", "mean")])
+def test_poolings_that_a_method_does_not_have(method: str, pooling: str) -> None:
+    with pytest.raises(ValueError, match=f"pooling {pooling} is not possible for {method}"):
+        KINDS["similarity"].options.model_validate({"method": method, "pooling": pooling})

@@ -57,7 +57,7 @@ class HeadSpec(BaseModel):
                    linear layer over what the two texts of a row are to each other
     labels         names of the outputs in order; their number is the width of the logits
     problem_type   as in Transformers' configs
-    pooling        for `pooling` only: which hidden states make the text's embedding
+    pooling        for `pooling`: which hidden states make the text's embedding; `mean` with `pair`: that embedding too
     reads          positions that decoding needs; None leaves it to what the head is found to depend on
     """
 

@@ -1,4 +1,4 @@
-"""Similarity of two texts as a bounded score: by regression on the pair, or by cosine of the two pooled texts."""
+"""Similarity of two texts as a bounded score: by regression on the pair, by cosine of the two pooled texts, or both."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 
 class SimilarityOptions(Options):
-    method: Literal["regression", "cosine"] = Field(
-        default="regression", description="One output on the pair, or cosine of the two texts encoded apart."
+    method: Literal["regression", "cosine", "both"] = Field(
+        default="regression",
+        description="One output on the pair, cosine of the two texts encoded apart, or the mean of both.",
     )
     low: float = Field(default=0.0, description="Score of texts that have nothing in common.")
     high: float = Field(default=1.0, description="Score of texts that mean the same.")
@@ -33,7 +34,7 @@ class SimilarityOptions(Options):
         default=None,
         description="State that stands for a row. For cosine mean (the default), first or last; for regression the "
         "one that the head reads, which training finds out and says, or pair: the means of both texts, their "
-        "difference and product.",
+        "difference and product; both is always by pair and mean.",
     )
 
     @property
@@ -43,7 +44,11 @@ class SimilarityOptions(Options):
 
     @model_validator(mode="after")
     def _pooling_fits(self) -> SimilarityOptions:
-        wrong = ("pooled", "pair") if self.method == "cosine" else ("mean",)
+        wrong = {
+            "regression": ("mean",),
+            "cosine": ("pooled", "pair"),
+            "both": ("mean", "first", "last", "pooled"),
+        }[self.method]
         if self.pooling in wrong:
             raise ValueError(f"pooling {self.pooling} is not possible for {self.method}")
         return self
@@ -90,14 +95,19 @@ class Similarity(Kind[SimilarityOptions, SimilarityParameters, SimilarityExample
     takes_text = False
 
     def rows(self, example: SimilarityExample, options: SimilarityOptions, text: Text) -> list[Row]:
-        if options.method == "regression":
-            return text.rows(example.text, example.text_pair, limits=options.limits)
-        parts = (example.text, example.text_pair)
-        return [row for part, one in enumerate(parts) for row in text.rows(one, limits=options.limits, part=part)]
+        pair, limits, rows = options.method != "cosine", options.limits, list[Row]()
+        if pair:
+            rows = text.rows(example.text, example.text_pair, limits=limits)
+        if options.method != "regression":
+            for part, one in enumerate((example.text, example.text_pair), int(pair)):
+                rows += text.rows(one, limits=limits, part=part)
+        return rows
 
     def head(self, options: SimilarityOptions) -> HeadSpec:
         if options.method == "cosine":
             return HeadSpec(architecture="pooling", pooling=options.embedding)
+        if options.method == "both":
+            return HeadSpec(architecture="pair", labels=("score",), pooling="mean")
         reads = None if options.pooling == "mean" else options.pooling
         return HeadSpec.of_rows("sequence_classification", reads, labels=("score",), problem_type="regression")
 
@@ -114,21 +124,26 @@ class Similarity(Kind[SimilarityOptions, SimilarityParameters, SimilarityExample
         options: SimilarityOptions,
         terms: LossTerms = PLAIN,
     ) -> Tensor:
-        """Squared error on the scale [0, 1]: of the output itself, or of the cosine (Reimers and Gurevych, 2019)."""
+        """Squared error on the scale [0, 1]: of the output itself, of the cosine (Reimers and Gurevych, 2019), or the
+        mean of the two errors."""
         import torch
         from torch.nn import functional
 
         parts = torch.stack(merge_tensor(rows, logits))  # (examples, parts, n_out)
-        if options.method == "cosine":
-            guess = functional.cosine_similarity(parts[:, 0], parts[:, 1], dim=-1)
-        else:
-            guess = parts[:, 0, 0]
-        return functional.mse_loss(guess, torch.as_tensor(targets, dtype=guess.dtype, device=guess.device))
+        wanted = torch.as_tensor(targets, dtype=parts.dtype, device=parts.device)
+        guesses = [] if options.method == "cosine" else [parts[:, 0, 0]]
+        if options.method != "regression":
+            one, other = _embeddings(parts, options)
+            guesses.append(functional.cosine_similarity(one, other, dim=-1))
+        return torch.stack([functional.mse_loss(guess, wanted) for guess in guesses]).mean()
 
     def decode(self, work: Work, options: SimilarityOptions, text: Text) -> Score:
         parts = merge(work.prompt, work.logits)
-        share = _cosine(parts[0], parts[1]) if options.method == "cosine" else float(parts[0, 0])
-        return Score(score=options.low + (options.high - options.low) * min(max(share, 0.0), 1.0))
+        guesses = [] if options.method == "cosine" else [float(parts[0, 0])]
+        if options.method != "regression":
+            guesses.append(_cosine(*_embeddings(parts[None], options)))
+        share = sum(min(max(guess, 0.0), 1.0) for guess in guesses) / len(guesses)
+        return Score(score=options.low + (options.high - options.low) * share)
 
     def outcomes(
         self, predictions: Sequence[Score], examples: Sequence[LabelledSimilarity], options: SimilarityOptions
@@ -172,6 +187,15 @@ class Similarity(Kind[SimilarityOptions, SimilarityParameters, SimilarityExample
         return [p["score"] for p in predictions] if shape == "scores" else super().join(predictions, shape)
 
 
+def _embeddings(parts: Any, options: SimilarityOptions) -> tuple[Any, Any]:
+    """(examples, hidden) each: of both texts, out of (examples, parts, n_out). With both methods the pair's own part
+    comes first, and the output before the embedding."""
+    if options.method == "both":
+        return parts[:, 1, 1:], parts[:, 2, 1:]
+    return parts[:, 0], parts[:, 1]
+
+
 def _cosine(a: Floats, b: Floats) -> float:
+    """Of (1, hidden) each."""
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / norms if norms > 0 else 0.0
+    return float(a[0] @ b[0]) / norms if norms > 0 else 0.0

@@ -28,8 +28,8 @@ from training.run import Result, train
 from training.runfile import RECIPES, find, read_config
 
 FORMS = {
-    "arabic_hotels": ("hub", "data_dir"),
-    "arabic_ner": ("hub", "data_dir"),
+    "arabic_hotels": ("hub", "data_dir", "tune"),
+    "arabic_ner": ("hub", "data_dir", "tune"),
     "continue_pretraining": ("hub", "data_dir"),
     "glue_trio": ("hub", "data_dir"),
     "shakespeare": ("strap", "local", "judge"),
@@ -102,6 +102,7 @@ def test_every_form_parses_and_says_what_it_is(recipe: str, form: str) -> None:
     found = config(recipe, form)
     assert found.seed == 0
     own = {("shakespeare", "local"): 2e-4, ("shakespeare", "judge"): 1e-4}  # no write-up's: small trunks
+    own |= {(name, form): 1e-4 for name in ("arabic_hotels", "arabic_ner") for form in ("data_dir", "tune")}
     assert found.training.learning_rate == own.get((recipe, form)) or found.training.learning_rate < 1e-4
     text = find(recipe).read_text(encoding="utf-8")
     assert f"python -m training {recipe}" in text

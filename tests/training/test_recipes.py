@@ -31,7 +31,7 @@ FORMS = {
     "arabic_hotels": ("hub", "data_dir", "tune"),
     "arabic_ner": ("hub", "data_dir", "tune"),
     "continue_pretraining": ("hub", "data_dir"),
-    "glue_trio": ("hub", "data_dir"),
+    "glue_trio": ("hub", "data_dir", "tune"),
     "shakespeare": ("strap", "local", "judge"),
 }
 STRAP = ROOT / "tests" / "fixtures" / "strap"
@@ -102,7 +102,8 @@ def test_every_form_parses_and_says_what_it_is(recipe: str, form: str) -> None:
     found = config(recipe, form)
     assert found.seed == 0
     own = {("shakespeare", "local"): 2e-4, ("shakespeare", "judge"): 1e-4}  # no write-up's: small trunks
-    own |= {(name, form): 1e-4 for name in ("arabic_hotels", "arabic_ner") for form in ("data_dir", "tune")}
+    small = ("arabic_hotels", "arabic_ner", "glue_trio")
+    own |= {(name, form): 1e-4 for name in small for form in ("data_dir", "tune")}
     assert found.training.learning_rate == own.get((recipe, form)) or found.training.learning_rate < 1e-4
     text = find(recipe).read_text(encoding="utf-8")
     assert f"python -m training {recipe}" in text

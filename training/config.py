@@ -184,6 +184,12 @@ class RunConfig(Section):
     calibration_rows: int = Field(default=200, ge=0)
     resamples: int = Field(default=1000, ge=0, description="Bootstrap resamples of the metrics' intervals.")
 
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _left_out(cls, tasks: Any) -> Any:
+        """A task that a form or an override sets to null is none of this run's."""
+        return {name: of for name, of in tasks.items() if of is not None} if isinstance(tasks, Mapping) else tasks
+
     @field_validator("special_tokens", mode="before")
     @classmethod
     def _preset(cls, tokens: Any) -> Any:

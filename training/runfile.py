@@ -50,6 +50,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     asked = {key: value for key, value in changes if key in _OF_FORM}
     raw = _formed({**raw, **asked}, path, asked="form" in asked)
     for key, value in changes:
+        if value is None:
+            _check_there(raw, key)
         if key != "form":
             _put(raw, key, value)
     try:
@@ -112,6 +114,15 @@ def _put(raw: dict[str, Any], key: str, value: Any) -> None:
         node = node[name]
         if not isinstance(node, dict):
             raise ConfigError(f"{key} cannot be set: {name} is {node!r}, not a mapping")
+
+
+def _check_there(raw: Mapping[str, Any], key: str) -> None:
+    """Refuse to leave out a task that the file does not have."""
+    tasks, name = raw.get("tasks"), key.removeprefix("tasks.")
+    if not key.startswith("tasks.") or not isinstance(tasks, Mapping):
+        return
+    if not any(name == one or name.startswith(f"{one}.") for one in tasks):
+        raise ConfigError(f"{key} cannot be left out: the tasks are {', '.join(map(str, tasks))}")
 
 
 def _first(error: ValidationError) -> str:

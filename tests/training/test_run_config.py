@@ -40,6 +40,16 @@ def test_overrides_replace_and_add(run: Path) -> None:
     assert config.output == "a=b"
 
 
+def test_null_leaves_a_task_out(run: Path) -> None:
+    assert list(read_config(run, ["tasks.topic=null"]).tasks) == ["score.v2"]
+    assert list(read_config(run, ["tasks.score.v2=null"]).tasks) == ["topic"]
+    assert read_config(run, ["tasks.topic.license=null"]).tasks["topic"].license is None
+    with pytest.raises(ConfigError, match=r"tasks\.topics cannot be left out: the tasks are topic, score\.v2"):
+        read_config(run, ["tasks.topics=null"])
+    with pytest.raises(ConfigError, match="tasks: "):
+        read_config(run, ["tasks.topic=null", "tasks.score.v2=null"])
+
+
 def test_batch_size_of_a_task_wins(run: Path) -> None:
     config = read_config(run, ["tasks.topic.batch_size=2"])
     assert (config.batch_size("topic"), config.batch_size("score.v2")) == (2, 4)

@@ -7,6 +7,7 @@ the head. Heads never share a config object with the trunk or with each other, s
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from mtserve.errors import CheckpointError
-from mtserve.rows import Ints
+from mtserve.rows import Ints, Row, texts_of
 from mtserve.tasks.base import HeadSpec, Reads
 from mtserve.trunk import hidden_size
 
@@ -38,18 +39,18 @@ class TrunkStates:
     hidden    (rows, seq, hidden)   last hidden states
     pooled    (rows, hidden)        the trunk's own pooler output, where the family has a pooler
     mask      (rows, seq)           1 at real tokens, which stand at the left
-    second    (rows,)               where a row's second text begins, 0 where it has one alone; for heads of pairs
+    texts     (rows, seq)           to which text of a pair each token belongs (rows.texts_of); for heads of pairs
     """
 
     hidden: Tensor
     pooled: Tensor | None
     mask: Tensor
-    second: Tensor | None = None
+    texts: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> TrunkStates:
         """The same in a precision."""
         pooled = None if self.pooled is None else self.pooled.to(dtype)
-        return TrunkStates(self.hidden.to(dtype), pooled, self.mask, self.second)
+        return TrunkStates(self.hidden.to(dtype), pooled, self.mask, self.texts)
 
     def gathered(self, reads: Reads) -> TrunkStates:
         """Only the positions that a head reads: (rows, 1, hidden) unless it reads all."""
@@ -78,11 +79,11 @@ class FlatStates:
     counts: Ints
     pooled: Tensor | None = None
 
-    def read(self, head: Head, rows: Ints, answers: Ints, second: Ints) -> TrunkStates:
+    def read(self, head: Head, rows: Ints, answers: Ints, of: Sequence[Row]) -> TrunkStates:
         """What a head needs of some rows, by index: of its one position a row, (rows, 1, hidden); of each of the last
         `answers` positions where it answers for those, (sum of answers, 1, hidden); of every token where it answers
-        for each, (sum of counts, 1, hidden); else of the whole rows, padded at the right. `second` is where each row's
-        second text begins."""
+        for each, (sum of counts, 1, hidden); else of the whole rows, padded at the right. `of` are the
+        rows themselves."""
         starts, counts = self.starts[rows], self.counts[rows]
         if head.reads == "last" and head.per_token:
             return self._alone(_spans(starts + counts - answers, answers))
@@ -90,7 +91,8 @@ class FlatStates:
             return self._alone(_spans(starts, counts))
         if head.reads == "all":
             states = self._padded(starts, counts)
-            states.second = self._index(second) if isinstance(head, PairHead) else None
+            if isinstance(head, PairHead):
+                states.texts = self._index(texts_of(of))
             return states
         states = self._alone(starts + counts - 1 if head.reads == "last" else starts)
         states.pooled = None if self.pooled is None else self.pooled[self._index(rows)]
@@ -223,8 +225,12 @@ class PoolingHead(nn.Module):
 
 
 class PairHead(nn.Module):
-    """A linear layer over what two texts that were encoded together are to each other: the mean states u and v of their
-    tokens, |u - v| and u * v (Conneau et al., 2017, whose texts were encoded apart). Of a text alone v is zero.
+    """A linear layer over what two texts that were encoded together are to each other.
+
+    Of both as a whole: their tokens' mean states u and v, |u - v| and u * v (Conneau et al., 2017, whose texts were
+    encoded apart). Of their parts: each token beside the token of the other text that is most like it by cosine (Parikh
+    et al., 2016, align softly), as the means of x * y and |x - y|, and the mean and the least of these cosines. Special
+    tokens count for neither. Of a text alone all that has to do with another one is zero.
 
     With pooling `mean` each row's embedding, the mean state of all its tokens, stands behind its outputs.
     """
@@ -233,7 +239,7 @@ class PairHead(nn.Module):
         super().__init__()
         own, of_trunk = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout_prob"))
         self.dropout = nn.Dropout(next((share for share in (own, of_trunk) if share is not None), 0.1))
-        self.output = nn.Linear(4 * hidden_size(config), len(spec.labels))
+        self.output = nn.Linear(8 * hidden_size(config) + 4, len(spec.labels))
         nn.init.normal_(self.output.weight, std=0.02)
         nn.init.zeros_(self.output.bias)
         self.embeds = spec.pooling == "mean"
@@ -243,13 +249,28 @@ class PairHead(nn.Module):
 
     def forward(self, states: TrunkStates) -> Tensor:
         """(rows, n_out), or (rows, n_out + hidden) with embeddings."""
-        assert states.second is not None
-        hidden, real = states.hidden, states.mask > 0
-        begins = torch.where(states.second > 0, states.second, real.shape[1])[:, None]
-        behind = torch.arange(real.shape[1], device=real.device)[None] >= begins
-        u, v = (_mean(hidden, real & part) for part in (~behind, behind))
-        found = self.output(self.dropout(torch.cat([u, v, (u - v).abs(), u * v], -1)))
-        return torch.cat([found, _mean(hidden, real).to(found.dtype)], -1) if self.embeds else cast("Tensor", found)
+        assert states.texts is not None
+        hidden, first, second = states.hidden, states.texts == 1, states.texts == 2
+        u, v = _mean(hidden, first), _mean(hidden, second)
+        unit = nn.functional.normalize(hidden, dim=-1)
+        cosines = unit @ unit.transpose(1, 2)  # (rows, seq, seq)
+        parts = [*_aligned(hidden, cosines, second, first), *_aligned(hidden, cosines, first, second)]
+        found = self.output(self.dropout(torch.cat([u, v, (u - v).abs(), u * v, *parts], -1).to(hidden.dtype)))
+        if self.embeds:
+            return torch.cat([found, _mean(hidden, states.mask > 0).to(found.dtype)], -1)
+        return cast("Tensor", found)
+
+
+def _aligned(hidden: Tensor, cosines: Tensor, ours: Tensor, theirs: Tensor) -> Iterator[Tensor]:
+    """(rows, hidden) twice and (rows, 1) twice: how our tokens are to those of theirs that are most like them; zero
+    where a row has none of either. Cosines differ little from token to token, so they are told tenfold."""
+    best, at = cosines.masked_fill(~theirs[:, None], -2).max(-1)  # (rows, seq)
+    other = torch.gather(hidden, 1, at[:, :, None].expand_as(hidden))
+    both = ours & theirs.any(1, keepdim=True)
+    yield _mean(hidden * other, both)
+    yield _mean((hidden - other).abs(), both)
+    yield 10 * _mean(best[:, :, None], both)
+    yield 10 * best.masked_fill(~both, 2).amin(1, keepdim=True).masked_fill(~both.any(1, keepdim=True), 0)
 
 
 def _mean(hidden: Tensor, mask: Tensor) -> Tensor:

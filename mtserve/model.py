@@ -44,12 +44,12 @@ class Model(nn.Module):
         output = self.trunk(attention_mask=mask, **inputs_of(self.trunk, ids, type_ids))
         return TrunkStates(output.last_hidden_state, getattr(output, "pooler_output", None), mask)
 
-    def forward(self, task: str, ids: Tensor, mask: Tensor, type_ids: Tensor, second: Tensor | None = None) -> Tensor:
+    def forward(self, task: str, ids: Tensor, mask: Tensor, type_ids: Tensor, texts: Tensor | None = None) -> Tensor:
         """Logits of one task for padded rows: (rows, n_out), or (rows, seq, n_out) from a head of token outputs.
-        `second` (rows,) is where their second texts begin, for heads of pairs."""
+        `texts` (rows, seq) is to which text each token belongs (rows.texts_of), for heads of pairs."""
         head = self.head(task)
         states = self.states(ids, mask, type_ids)
-        states.second = second
+        states.texts = texts
         return cast("Tensor", head(states if head.per_token else states.gathered(head.reads)))
 
     def head_state(self, task: str) -> dict[str, Tensor]:

@@ -124,6 +124,15 @@ class Row:
         )
 
 
+def texts_of(rows: Sequence[Row]) -> Ints:
+    """(rows, seq): to which text of a pair each token belongs, 1 or 2, and 0 for special tokens and padding."""
+    found = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for at, row in enumerate(rows):
+        behind = np.arange(len(row)) >= (row.second or len(row))
+        found[at, : len(row)] = np.where(row.special, 0, 1 + behind)
+    return found
+
+
 def make_row(ids: Any, type_ids: Any, offsets: Any, special: Any) -> Row:
     """A row from sequences of any kind, as int32 and bool arrays."""
     return Row(

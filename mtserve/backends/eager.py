@@ -308,8 +308,7 @@ class EagerBackend:
                 which = np.array([place[at] for at in some], np.int32)
                 answers = np.array([rows[at].answers for at in some], np.int32)
                 head = self.served.head(task)
-                second = np.array([rows[at].second for at in some], np.int32)
-                read = states.read(head, which, answers, second).to(self.served.head_dtype(task))
+                read = states.read(head, which, answers, [rows[at] for at in some]).to(self.served.head_dtype(task))
                 values = self.lane.fetched(head(read).float())  # (rows, n_out), or (rows, 1, n_out) a token
                 if head.per_token:
                     counts = states.counts[which] if head.reads == "all" else answers

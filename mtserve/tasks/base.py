@@ -33,12 +33,12 @@ Reads = Literal["first", "last", "pooled", "all"]
 Pooling = Literal["first", "last", "pooled"]
 """Which state stands for a row: that of its first or last token, or the trunk's pooler output."""
 PairPooling = Pooling | Literal["pair"]
-"""Or, of a pair: both texts' mean states, their difference and their product."""
+"""Or, of a pair, what both texts are to each other (heads.PairHead)."""
 TEMPERATURE: Any = Field(default=1.0, gt=0, description="Divides the logits before they become scores; fitted.")
 POOLING: Any = Field(
     default=None,
-    description="State of a row that the head reads: training finds out and says. Or pair: the means of both texts, "
-    "their difference and product.",
+    description="State of a row that the head reads: training finds out and says. Or pair: what both texts are "
+    "to each other as a whole and token by token.",
 )
 Architecture = Literal[
     "sequence_classification", "token_classification", "multiple_choice", "causal_lm", "masked_lm", "pooling", "pair"

@@ -33,8 +33,8 @@ class SimilarityOptions(Options):
     pooling: Literal["mean"] | PairPooling | None = Field(
         default=None,
         description="State that stands for a row. For cosine mean (the default), first or last; for regression the "
-        "one that the head reads, which training finds out and says, or pair: the means of both texts, their "
-        "difference and product; both is always by pair and mean.",
+        "one that the head reads, which training finds out and says, or pair: what both texts are to each "
+        "other as a whole and token by token; both is always by pair and mean.",
     )
 
     @property

@@ -79,11 +79,11 @@ def test_3_a_head_sees_what_it_would_see_of_the_trunk(run_file: Run, tmp_path: P
         some = [row for rows, _ in features[:5] for row in rows]
         given = found.of(some)
         head = made.model.eval().head(name)
-        pooled, second = given["hidden"][:, 0] if found.pooled else None, given["second"]
-        states = frozen.TrunkStates(given["hidden"], pooled, given["mask"], second)
-        assert second.any() == (name == "choice")
+        pooled, texts = given["hidden"][:, 0] if found.pooled else None, given["texts"]
+        states = frozen.TrunkStates(given["hidden"], pooled, given["mask"], texts)
+        assert bool((texts == 2).any()) == (name == "choice")
         with torch.inference_mode():
-            ours, theirs = head(states), made.model(name, *padded(some, pad_id=made.trunk.spec.pad_id), second)
+            ours, theirs = head(states), made.model(name, *padded(some, pad_id=made.trunk.spec.pad_id), texts)
         for row, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             many = len(some[row]) if head.per_token else len(one)
             np.testing.assert_allclose(one[:many], other[:many], atol=1e-5)

@@ -32,7 +32,7 @@ from mtserve.rows import Row
 from mtserve.tasks.base import Reads
 from mtserve.trunk import hidden_size
 from training.data.examples import Feature
-from training.trainer.learner import Learned, second_texts
+from training.trainer.learner import Learned, texts
 
 _BUDGET = 8192  # tokens of a pass of the trunk
 _SAID = 64 * 2**20
@@ -52,7 +52,7 @@ class Outputs:
     pooled: bool = False
 
     def of(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """`hidden` (rows, seq, hidden), padded at the right, `mask` (rows, seq) and `second` (rows,) of some rows."""
+        """`hidden` (rows, seq, hidden), padded at the right, `mask` and `texts` (rows, seq) of some rows."""
         spans = [self.places[row.key] for row in rows]
         longest = max(count for _, count in spans)
         hidden = np.zeros((len(rows), longest, self.states.shape[1]), np.float32)
@@ -60,7 +60,7 @@ class Outputs:
         for at, (first, count) in enumerate(spans):
             hidden[at, :count] = self.states[first : first + count]
             mask[at, :count] = 1
-        return {"hidden": torch.from_numpy(hidden), "mask": torch.from_numpy(mask), "second": second_texts(rows)}
+        return {"hidden": torch.from_numpy(hidden), "mask": torch.from_numpy(mask), "texts": texts(rows)}
 
 
 class HeadLearner(nn.Module):
@@ -76,14 +76,14 @@ class HeadLearner(nn.Module):
         task_name: str,
         hidden: Tensor,
         mask: Tensor,
-        second: Tensor,
+        texts: Tensor,
         rows: Sequence[Sequence[Row]],
         targets: Sequence[Any],
     ) -> dict[str, Tensor]:
         """The batch's mean loss."""
         task = self.tasks[task_name]
         pooled = hidden[:, 0] if self.outputs[task_name].pooled else None
-        logits = cast("Head", self.heads[module_name(task_name)])(TrunkStates(hidden, pooled, mask, second))
+        logits = cast("Head", self.heads[module_name(task_name)])(TrunkStates(hidden, pooled, mask, texts))
         return {"loss": task.kind.loss(logits.float(), rows, targets, task.options, task.terms)}
 
     def collate(self, task: str, features: Sequence[Feature]) -> dict[str, Any]:

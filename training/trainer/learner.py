@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from mtserve.backends.staging import padded
 from mtserve.heads import TrunkStates
 from mtserve.model import Model
-from mtserve.rows import Row
+from mtserve.rows import Row, texts_of
 from mtserve.tasks.base import IGNORED, PLAIN, AnyKind, Kind, LossTerms, Options
 from training.data.examples import Feature
 from training.trainer.on_cpu import OnCpu
@@ -60,8 +60,8 @@ class Learner(nn.Module):
             if task.kind.head(task.options).architecture in _WIDE:
                 logits, targets = self._counted(task_name, input_ids, attention_mask, token_type_ids, targets)
             else:
-                second = second_texts(list(chain.from_iterable(rows))).to(input_ids.device)
-                logits = self.model(task_name, input_ids, attention_mask, token_type_ids, second)
+                of = texts(list(chain.from_iterable(rows))).to(input_ids.device)
+                logits = self.model(task_name, input_ids, attention_mask, token_type_ids, of)
         return {"loss": task.kind.loss(logits.float(), rows, targets, task.options, task.terms)}
 
     def _counted(
@@ -120,9 +120,9 @@ class FeatureSet(Dataset[Feature]):
         return [self.kind.corrupt(*feature, draw) for feature, draw in zip(found, draws, strict=True)]
 
 
-def second_texts(rows: Sequence[Row]) -> Tensor:
-    """(rows,) where each row's second text begins."""
-    return torch.tensor([row.second for row in rows])
+def texts(rows: Sequence[Row]) -> Tensor:
+    """(rows, seq) to which text of a pair each token belongs."""
+    return torch.from_numpy(texts_of(rows))
 
 
 def collate(features: Sequence[Feature], *, pad_id: int) -> dict[str, Any]:

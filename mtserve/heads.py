@@ -228,8 +228,8 @@ class PairHead(nn.Module):
     """A linear layer over what two texts that were encoded together are to each other.
 
     Of both as a whole: their tokens' mean states u and v, |u - v| and u * v (Conneau et al., 2017, whose texts were
-    encoded apart). Of their parts: each token beside the token of the other text that is most like it by cosine (Parikh
-    et al., 2016, align softly), as the means of x * y and |x - y|, and the mean and the least of these cosines. Special
+    encoded apart). Of their parts: each token x beside y, what it is most like in the other text (Parikh et al., 2016:
+    align, compare, aggregate), as the means of x * y and |x - y|, and the mean and the least of their cosines. Special
     tokens count for neither. Of a text alone all that has to do with another one is zero.
 
     With pooling `mean` each row's embedding, the mean state of all its tokens, stands behind its outputs.
@@ -262,10 +262,11 @@ class PairHead(nn.Module):
 
 
 def _aligned(hidden: Tensor, cosines: Tensor, ours: Tensor, theirs: Tensor) -> Iterator[Tensor]:
-    """(rows, hidden) twice and (rows, 1) twice: how our tokens are to those of theirs that are most like them; zero
-    where a row has none of either. Cosines differ little from token to token, so they are told tenfold."""
-    best, at = cosines.masked_fill(~theirs[:, None], -2).max(-1)  # (rows, seq)
-    other = torch.gather(hidden, 1, at[:, :, None].expand_as(hidden))
+    """(rows, hidden) twice and (rows, 1) twice: how our tokens are to what is most like them in theirs; zero where a
+    row has none of either. That is a mean of their states, weighed by the softmax of twenty times the cosine: nearly
+    the one that is most like, but no jump where two are. Cosines differ little, so they are told tenfold."""
+    shares = (20 * cosines).masked_fill(~theirs[:, None], -1e4).softmax(-1)  # (rows, seq, seq)
+    other, best = shares @ hidden, (shares * cosines).sum(-1)
     both = ours & theirs.any(1, keepdim=True)
     yield _mean(hidden * other, both)
     yield _mean((hidden - other).abs(), both)

@@ -52,13 +52,13 @@ def by_hand(small: Tiny, task: str, row: Any) -> np.ndarray:
             if not ours or not theirs:
                 parts += [zero, zero, torch.zeros(2)]
                 continue
-            likes = [
-                max((float(torch.cosine_similarity(one, other, dim=0)), at) for at, other in enumerate(theirs))
-                for one in ours
-            ]
-            others = [theirs[at] for _, at in likes]
-            pairs = list(zip(ours, others, strict=True))
-            cosines = torch.tensor([cosine for cosine, _ in likes])
+            pairs, likes = [], []
+            for one in ours:
+                every = torch.stack([torch.cosine_similarity(one, other, dim=0) for other in theirs])
+                shares = (20 * every).softmax(0)
+                pairs.append((one, shares @ torch.stack(theirs)))
+                likes.append(float(shares @ every))
+            cosines = torch.tensor(likes)
             parts += [
                 torch.stack([one * other for one, other in pairs]).mean(0),
                 torch.stack([(one - other).abs() for one, other in pairs]).mean(0),

@@ -141,7 +141,7 @@ def test_the_test_is_paired(run_file: Run, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_groups() -> None:
-    cosines = {("a", "b"): 0.2, ("a", "c"): -0.1, ("b", "c"): 0.3, ("a", "a"): 0.9}
+    cosines = {("a", "b"): 0.2, ("a", "c"): -0.2, ("b", "c"): 0.3, ("a", "a"): 0.9}
     assert grouping({"a": SAME, "b": GAINED, "c": SAME}, {}) == "Suggested grouping: a + b + c on one trunk; none lost."
     assert grouping({"a": SAME, "b": LOST, "c": LOST}, cosines) == (
         "Suggested grouping: a; b + c. Gradients of a and c point against each other."

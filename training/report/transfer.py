@@ -11,6 +11,7 @@ from training.report.tables import Line, markdown
 
 MARKS = "<!-- transfer -->", "<!-- end of transfer -->"
 """What stands around the section in a card."""
+_AGAINST = -0.1  # cosines nearer to zero are no more than the noise of 64 examples
 _Cosines = Mapping[tuple[str, str], float]
 
 
@@ -72,7 +73,9 @@ def grouping(found: Mapping[str, Compared], cosines: _Cosines) -> str:
         with_it = [other for other in others if cosines.get((first, other), cosines.get((other, first), 0.0)) > 0]
         groups.append([first, *with_it])
         rest = [other for other in others if other not in with_it]
-    against = [f"{a} and {b}" for a, b in combinations(found, 2) if cosines.get((a, b), cosines.get((b, a), 0.0)) < 0]
+    against = [
+        f"{a} and {b}" for a, b in combinations(found, 2) if cosines.get((a, b), cosines.get((b, a), 0.0)) < _AGAINST
+    ]
     shown = "; ".join(" + ".join(group) for group in groups)
     said = f"Suggested grouping: {shown}." if leave else f"Suggested grouping: {shown} on one trunk; none lost."
     return said + (f" Gradients of {', '.join(against)} point against each other." if against else "")

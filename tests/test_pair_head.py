@@ -64,7 +64,7 @@ def by_hand(small: Tiny, task: str, row: Any) -> np.ndarray:
                 torch.stack([(one - other).abs() for one, other in pairs]).mean(0),
                 10 * torch.stack([cosines.mean(), cosines.min()]),
             ]
-        found: np.ndarray = small.model.head(task).output(torch.cat(parts)).numpy()  # type: ignore[union-attr]
+        found: np.ndarray = small.model.head(task).output(torch.cat(parts)).numpy()
     return found
 
 

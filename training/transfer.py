@@ -65,6 +65,8 @@ def transfer(config: RunConfig, *, seeds: int, base: Path, command: str) -> list
     numbers into `transfer.json`. Raises SetupError."""
     if config.result != "checkpoint" or len(config.sealed) < 2:
         raise ConfigError("transfer is between tasks of one checkpoint; allowed: result: checkpoint, two or more tasks")
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # a run here reads what another one sealed
+        raise ConfigError("transfer runs in one process; allowed: without torchrun, or --seeds and single runs with it")
     if not config.resamples:
         raise ConfigError("resamples: a paired test needs some; allowed: 1 or more")
     if not config.training.gradient_cosines:
@@ -77,8 +79,6 @@ def transfer(config: RunConfig, *, seeds: int, base: Path, command: str) -> list
     for name, of in singles.items():
         for one in of:
             reached(one, base=base, command=f"{command}  # {name} alone, seed {one.seed}")
-    if os.environ.get("RANK", "0") != "0":
-        return []
     found = {name: _compared(name, runs, of, base) for name, of in singles.items()}
     logs = [Checkpoint.open(Path(one.output)).manifest.provenance["training"]["gradient_cosines"] for one in runs]
     cosines = mean_cosines([row for log in logs for row in log])

@@ -50,7 +50,7 @@ def test_they_are_cosines_of_mean_gradients_over_all_examples(run_file: Run) -> 
             batch = trainer.collator.collate([run.runs[task].features.of([index])[0]])
             total = total + trainer.model(task, **batch)["loss"]
         run.model.zero_grad()
-        total.backward()  # type: ignore[attr-defined]
+        total.backward()
         return torch.cat(
             [
                 torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()

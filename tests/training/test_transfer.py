@@ -153,6 +153,13 @@ def test_groups() -> None:
     assert re.search(r"\| a \| eval \| f1 \| 0.500 \| 0.400 to 0.600 \| 0.700 \| -0.200 \| .* \| lost \|", text)
 
 
+def test_several_processes_are_refused(run_file: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = run_file(TWO)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="transfer runs in one process"):
+        transfer(read_config(path), seeds=1, base=path.parent, command="")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

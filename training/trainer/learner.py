@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mtserve.backends.staging import padded
-from mtserve.heads import TrunkStates
+from mtserve.heads import PairHead, TrunkStates
 from mtserve.model import Model
 from mtserve.rows import Row, texts_of
 from mtserve.tasks.base import IGNORED, PLAIN, AnyKind, Kind, LossTerms, Options
@@ -60,7 +60,8 @@ class Learner(nn.Module):
             if task.kind.head(task.options).architecture in _WIDE:
                 logits, targets = self._counted(task_name, input_ids, attention_mask, token_type_ids, targets)
             else:
-                of = texts(list(chain.from_iterable(rows))).to(input_ids.device)
+                pairs = isinstance(self.model.head(task_name), PairHead)
+                of = texts(list(chain.from_iterable(rows))).to(input_ids.device) if pairs else None
                 logits = self.model(task_name, input_ids, attention_mask, token_type_ids, of)
         return {"loss": task.kind.loss(logits.float(), rows, targets, task.options, task.terms)}
 

@@ -24,7 +24,7 @@ class Lora(Section):
     """
 
     rank: int = Field(default=8, ge=1)
-    alpha: float = Field(default=16, gt=0, description="The update is scaled by alpha / rank.")
+    alpha: int = Field(default=16, ge=1, description="The update is scaled by alpha / rank.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Of the inputs of the small matrices.")
     targets: tuple[str, ...] = ()
 
@@ -51,7 +51,7 @@ def add_adapters(trunk: nn.Module, lora: Lora) -> LoraModel:
     if wrong:
         raise ConfigError(f"training.lora.targets: {wrong[0]!r} is no linear layer; allowed: {', '.join(sorted(ends))}")
     chosen = [name for name in linear if not lora.targets or any(_names(target, name) for target in lora.targets)]
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=chosen)  # type: ignore[arg-type]
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=chosen)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)  # GPT-2's; peft sets it right
         return LoraModel(trunk, config, "default")

@@ -1,8 +1,8 @@
 """Training on a CPU: dropout from an eighth of the random numbers, and attention over short rows as matrix products.
 
 torch draws a number for each element that dropout may zero, one after the other, which takes a sixth of a training step
-of a small encoder; and its fused attention, made for long rows, spends as much on the gradients of short ones as all
-matrix products of a step together. Both are replaced in a forward pass, wherever a model calls them.
+of a small encoder; and its fused attention, made for long rows, spends as much on the gradients of short ones as
+the matrix products of a backward pass together. Both are replaced in a forward pass, wherever a model calls them.
 """
 
 from __future__ import annotations

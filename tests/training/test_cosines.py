@@ -124,3 +124,5 @@ def test_a_trunk_that_stays_has_no_gradients(run_file: Run) -> None:
     path = run_file(TWO)
     with pytest.raises(ConfigError, match=r"training\.gradient_cosines: with result: heads the trunk stays"):
         read_config(path, ["training.gradient_cosines=2", "result=heads"])
+    with pytest.raises(ConfigError, match=r"training\.gradient_cosines: no weight of the trunk is trained"):
+        fitted(path, "training.gradient_cosines=2", "training.freeze=trunk")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import TrainerCallback
 
+from mtserve.errors import ConfigError
 from training.trainer.multitask import MultitaskTrainer
 from training.trainer.sampler import Key
 
@@ -32,11 +33,14 @@ class GradientCosines(TrainerCallback):  # type: ignore[misc]  # transformers is
 
     A task's gradient is the mean over 64 training examples (or all), evenly spaced in its data, the same at all
     moments, without dropout and weights of tasks. It takes as much memory as the trunk's weights for each task.
+    Raises ConfigError for a trunk that stays as it is.
     """
 
     def __init__(self, trainer: MultitaskTrainer, trunk: nn.Module, *, moments: int) -> None:
         self.trainer, self.moments = trainer, moments
         self.parameters = [p for p in trunk.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ConfigError("training.gradient_cosines: no weight of the trunk is trained; allowed: 0")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         due = {round((part + 0.5) * state.max_steps / self.moments) or 1 for part in range(self.moments)}

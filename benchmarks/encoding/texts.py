@@ -4,7 +4,8 @@
     B   every sentence of those splits alone: both texts of the pairs, questions and choices, each time it occurs
 
 STS-B has a dev split; of the others a tenth of the training records is carved out, as the recipe `glue_trio` does. That
-recipe says what a task's options are, and the kinds make the rows. Knows no engine.
+recipe says what a task's options are (but that STS-B's pairs are read together only, not each text apart too), and the
+kinds make the rows. Knows no engine.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Texts:
 
 def read_texts(data: Path, text: Text) -> Texts:
     """Raises ConfigError where a file is missing."""
-    config = read_config(RECIPE, [f"data_dir={data}", "trunk=unused"])
+    config = read_config(RECIPE, [f"data_dir={data}", "trunk=unused", "tasks.stsb.options.method=regression"])
     pairs: list[Row] = []
     singles: list[str] = []
     records = {}

@@ -122,7 +122,7 @@ def of_memory(engine: Engine, work: Workload) -> dict[bool, float]:
     What the allocator was told cannot be taken back in a process, so rounds are not in turn, and each way's best round
     stands for it: of what else runs on a machine, the best round has seen the least.
     """
-    from mtserve.backends.hardware import keep_memory
+    from mtserve.backends.machine import keep_memory
 
     found = {False: max(work.rate(engine) for _ in range(ROUNDS))}
     if not keep_memory():

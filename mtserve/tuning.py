@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from mtserve import speeds
+from mtserve.backends.machine import usable_cores
 from mtserve.checkpoint import Checkpoint
 from mtserve.comparison import Answered, Cases, changed, difference
 from mtserve.engine import Engine
@@ -148,13 +149,13 @@ def tune(
         import scipy
         import sklearn
 
-        from mtserve.backends import hardware as machine
+        from mtserve.backends import hardware
     except ImportError as error:
         raise MissingExtraError("tuning", "train") from error
     del scipy, sklearn
-    there, cores = machine.hardware(machine.device(device)), machine.usable_cores()
+    there, cores = hardware.hardware(hardware.device(device)), usable_cores()
     names = measurable(profiles, there)
-    machine.use_threads(threads or cores)
+    hardware.use_threads(threads or cores)
     capture = read_settings().capture
     base = load_checkpoint(checkpoint, profile="fp32", device=device, accepted_only=False, capture=capture)
     cases = [Cases.of(checkpoint, task) for task in base.tasks.values()]
@@ -173,7 +174,7 @@ def tune(
     say(f"{chosen}: threads {', '.join(map(str, counts))}, then the allocator")
     by_threads = speeds.of_threads(engine, counts, work) if there.device == "cpu" else {}
     best = speeds.best(by_threads) if by_threads else None
-    machine.use_threads(best or threads or cores)
+    hardware.use_threads(best or threads or cores)
     by_memory = speeds.of_memory(engine, work) if there.device == "cpu" else {}
     keep = speeds.best(by_memory) if by_memory else None
     accepted[chosen] = stamp.settled(accepted[chosen], threads=best, keep_memory=keep)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtserve import sealing
-from mtserve.backends import hardware as machine
+from mtserve.backends import hardware, machine
 from mtserve.backends.eager import EagerBackend
 from mtserve.backends.serving import DTYPES
 from mtserve.checkpoint import Checkpoint
@@ -119,7 +119,7 @@ def checkpoint(sealed: Path, tmp_path: Path) -> Checkpoint:
 
 def accepting(checkpoint: Checkpoint, **speeds: float) -> Checkpoint:
     """The checkpoint, which accepts profiles with such speeds on this machine."""
-    key = machine.hardware("cpu").key
+    key = hardware.hardware("cpu").key
     found = {n: Speed(tokens_per_s=speed, cores=machine.usable_cores()) for n, speed in speeds.items()}
     return accept_profiles(checkpoint, {n: Profile(tolerance=0.2, speeds={key: one}) for n, one in found.items()})
 
@@ -187,7 +187,7 @@ def test_loading_takes_what_is_asked_for_or_chosen(checkpoint: Checkpoint) -> No
 
 
 def test_speeds_measured_on_such_hardware_decide(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "hardware", lambda device: ZEN)
+    monkeypatch.setattr(hardware, "hardware", lambda device: ZEN)
     slow = accepting(checkpoint, fp32=100, bf16=50)
     assert [load_checkpoint(slow, device="cpu").backend.profile for _ in range(3)] == ["fp32"] * 3
     fast = accepting(slow, fp32=100, bf16=200)
@@ -196,7 +196,7 @@ def test_speeds_measured_on_such_hardware_decide(checkpoint: Checkpoint, monkeyp
 
 
 def test_every_accepted_profile_is_verified(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "hardware", lambda device: ZEN)
+    monkeypatch.setattr(hardware, "hardware", lambda device: ZEN)
     tight = accept_profiles(checkpoint, {"fp32": FP32, "bf16": Profile(tolerance=1e-9), "fp16": Profile(tolerance=1)})
     found = verify_profiles(tight)
     assert list(found) == ["fp32", "bf16"]

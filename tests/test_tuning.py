@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mtserve import comparison, loading, speeds, tuning
-from mtserve.backends import hardware as machine
+from mtserve.backends import hardware, machine
 from mtserve.backends.base import Done
 from mtserve.batching import Batch
 from mtserve.checkpoint import Checkpoint
@@ -269,7 +269,7 @@ def quick() -> Any:
         patch.setattr(speeds.Workload, "of", little)
         patch.setattr(comparison, "RESAMPLES", 20)
         patch.setattr(machine, "keep_memory", lambda: False)
-        patch.setattr(machine, "hardware", lambda device: Hardware("cpu", frozenset({"avx512_bf16"})))
+        patch.setattr(hardware, "hardware", lambda device: Hardware("cpu", frozenset({"avx512_bf16"})))
         yield
 
 

@@ -188,7 +188,7 @@ def _say(trunk: ServedTrunk) -> None:
 
 def _queue(loaded: _Loaded, settings: Settings, observer: Observer, thread: ThreadPoolExecutor | None) -> Queue:
     """The one of a trunk, for all tasks on it; `thread` is the one in which several trunks compute."""
-    from mtserve.backends.hardware import trim_memory
+    from mtserve.backends.machine import trim_memory
 
     loaded.engine.observer = observer
     scheduler = Scheduler(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mtserve.backends import machine
 from mtserve.errors import MissingExtraError
 from mtserve.manifest import Speed
 from mtserve.settings import Settings
@@ -30,34 +31,39 @@ class Share:
     each, so that together they never compute with more threads than there are cores. MTSERVE_THREADS overrides.
 
     cores     usable ones of this process
-    threads   with which it computes
+    threads   with which it computes; bundles are told when they are opened
+    torch     whether any of its models computes in PyTorch
     """
 
     settings: Settings
     cores: int
     threads: int
+    torch: bool = True
 
     @classmethod
-    def of(cls, settings: Settings, *, workers: int) -> Share:
+    def of(cls, settings: Settings, *, workers: int, torch: bool = True) -> Share:
         """The share of one of so many workers; in force at once."""
-        try:
-            from mtserve.backends import hardware
-        except ImportError as error:
-            raise MissingExtraError("running a torch checkpoint", "torch") from error
-        cores, processes = hardware.usable_cores(), settings.processes * workers
-        threads = hardware.threads_for(cores, processes=processes, wanted=settings.threads)
-        hardware.use_threads(threads)
-        return cls(settings, hardware.threads_for(cores, processes=processes), threads)
+        cores, processes = machine.usable_cores(), settings.processes * workers
+        threads = machine.threads_for(cores, processes=processes, wanted=settings.threads)
+        share = cls(settings, machine.threads_for(cores, processes=processes), threads, torch)
+        share._use_threads()
+        return share
 
     def settle(self, tuned: Sequence[Speed]) -> None:
         """Put in force what tuning found for the models of this process, but for what the settings say."""
-        from mtserve.backends import hardware
-
         if self.settings.threads is None and (best := [speed.threads for speed in tuned if speed.threads]):
             self.threads = min(self.threads, max(best))
-            hardware.use_threads(self.threads)
+            self._use_threads()
         keep = self.settings.keep_memory
         if keep is None:
             keep = all(speed.keep_memory is not False for speed in tuned)
         if keep:
-            hardware.keep_memory()
+            machine.keep_memory()
+
+    def _use_threads(self) -> None:
+        if self.torch:
+            try:
+                from mtserve.backends import hardware
+            except ImportError as error:
+                raise MissingExtraError("running a torch checkpoint", "torch") from error
+            hardware.use_threads(self.threads)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mtserve.backends import hardware as machine
+from mtserve.backends import hardware, machine
 from mtserve.checkpoint import Checkpoint
 from mtserve.errors import CheckpointError
 from mtserve.manifest import FP32, Profile, Speed
@@ -27,9 +27,9 @@ ZEN = Hardware("cpu", frozenset({"avx512_bf16"}))
 def machine_of_four(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Four cores with bf16 units; what the process is told to do is kept in a list and not done."""
     told: list[Any] = []
-    monkeypatch.setattr(machine, "hardware", lambda device: ZEN)
+    monkeypatch.setattr(hardware, "hardware", lambda device: ZEN)
     monkeypatch.setattr(machine, "usable_cores", lambda: 4)
-    monkeypatch.setattr(machine, "use_threads", told.append)
+    monkeypatch.setattr(hardware, "use_threads", told.append)
     monkeypatch.setattr(machine, "keep_memory", lambda: told.append("keep"))
     return told
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from mtserve.backends.hardware import usable_cores
+from mtserve.backends.machine import usable_cores
 from mtserve.errors import CapacityError, CheckpointError, ConfigError, SetupError
 from mtserve.serve.app import make_app
 from mtserve.serve.loading import check_settings, load_table, open_checkpoints

@@ -189,11 +189,11 @@ def test_slots_are_freed_when_pasts_are_dropped() -> None:
     of = backend("llama")
     rows = [row(words(10, at), past=Past()) for at in range(6)]
     answers(of, rows)
-    assert len(of.pasts._slots) == 6
+    assert len(of.pasts.slots._slots) == 6
     del rows[:4]
     rows = [r.extended(words(1), past=r.past) for r in rows[::-1]]
     assert_plain(answers(of, rows), of, rows)
-    assert len(of.pasts._slots) == 2
+    assert len(of.pasts.slots._slots) == 2
     assert of.pasts.plan.slots == slice(0, 2)  # a pass over all that live copies nothing
     rows.clear()
     answers(of, [row(words(3))])

@@ -102,7 +102,7 @@ class EagerBackend:
 
     def release(self) -> None:
         with torch.inference_mode(), self.lane.entered():
-            self.pasts.admit([])
+            self.pasts.slots.admit([])
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -143,7 +143,7 @@ class EagerBackend:
         whole = self._computed(rows, [0] * len(rows))
         rows = [replace(row, past=Past()) for row in rows]
         parts = [_beginning(row, known, row.past) for row, (_, known) in zip(rows, sizes, strict=True)]
-        self.pasts.admit(rows)
+        self.pasts.slots.admit(rows)
         self._computed(parts, [0] * len(rows))
         later = self._computed(rows, [known for _, known in sizes])
         ends = whole.starts + whole.counts
@@ -161,8 +161,10 @@ class EagerBackend:
         pooled = "pooled" in reads.values()
         groups = self._groups({at: row for at, row in enumerate(rows) if at not in entire})
         beginnings = [_beginning(rows[group[0]], rows[group[0]].shared, Past()) for group in groups]
-        self.pasts.admit([row for row in (*rows, *beginnings) if row.past is not None])
-        known = {at: self.pasts.known(row) for at, row in enumerate(rows) if row.past is not None and at not in entire}
+        self.pasts.slots.admit([row for row in (*rows, *beginnings) if row.past is not None])
+        known = {
+            at: self.pasts.slots.known(row) for at, row in enumerate(rows) if row.past is not None and at not in entire
+        }
         for group, beginning in zip(groups, beginnings, strict=True):
             assert beginning.past is not None
             beginning.past.length = len(beginning)
@@ -178,8 +180,8 @@ class EagerBackend:
             logits += self._passed(batch, some, [*some.values(), *beginnings], first, times, pooled=pooled)
         if going_on := [at for at in known if known[at]]:
             if groups:
-                self.pasts.admit([rows[at] for at in going_on])
-            going_on.sort(key=lambda at: self.pasts.slot(rows[at]))
+                self.pasts.slots.admit([rows[at] for at in going_on])
+            going_on.sort(key=lambda at: self.pasts.slots.slot(rows[at]))
             some = {at: rows[at] for at in going_on}
             logits += self._passed(batch, some, [*some.values()], [known[at] for at in going_on], times)
         tokens = sum(map(len, rows)) - sum(known.values()) + sum(map(len, beginnings))
@@ -243,7 +245,7 @@ class EagerBackend:
             self._computed_flat(rows, known, pooled=pooled) if self.served.flat else self._computed_padded(rows, known)
         )
         if any(row.past is not None for row in rows):
-            self.pasts.done(rows)
+            self.pasts.slots.done(rows)
         return states
 
     def _computed_flat(self, rows: Sequence[Row], known: Sequence[int], *, pooled: bool) -> FlatStates:

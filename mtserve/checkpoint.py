@@ -1,4 +1,5 @@
-"""A checkpoint on disk: open it, check it, read what it holds. No torch; knows no engine. Writing is in sealing.py.
+"""A checkpoint on disk, or a bundle (`mtserve.bundle`): open it, check it, read what it holds. No torch; knows no
+engine. Writing is in sealing.py.
 
     checkpoint/  mtserve.json                                    the manifest, and the only commit
                  tokenizer.json  trunk/config.json               fixed for the life of the folder
@@ -56,10 +57,19 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.folder / name} has sha256 {found[:12]}…, the manifest says {entry.sha256[:12]}…"
                 )
+        if self.manifest.exported is not None:  # a bundle's tensors are not those that the trunk's mark was made of
+            return
         found = fingerprint(self.folder / self.manifest.trunk.weights, self.tokenizer_json, self.manifest.text)
         if found != self.manifest.trunk.fingerprint:
             raise CheckpointError(
                 f"trunk fingerprint {found[:12]} differs from the manifest's {self.manifest.trunk.fingerprint[:12]}"
+            )
+
+    def check_torch(self, what: str) -> None:
+        """Raise CheckpointError for a bundle, of which `what` cannot be done."""
+        if self.manifest.exported is not None:
+            raise CheckpointError(
+                f"{self.folder} is a bundle of ONNX graphs, and {what} needs the checkpoint that it was exported from"
             )
 
     @cached_property

@@ -16,6 +16,7 @@
         ├── ConfigError               500 bad_config
         ├── CheckpointError           500 bad_checkpoint
         ├── ResolveError              500 model_not_found
+        ├── ExportError               500 export_failed
         └── MissingExtraError         500 missing_extra
 
 This table is the only place that knows statuses: the server reads `status` and `code` from the class.
@@ -177,6 +178,12 @@ class ResolveError(SetupError):
     """A model's location names nothing that can be loaded."""
 
     code = "model_not_found"
+
+
+class ExportError(SetupError):
+    """A checkpoint cannot become a bundle, or one that answers as it does."""
+
+    code = "export_failed"
 
 
 class MissingExtraError(SetupError):

@@ -36,6 +36,11 @@ class Writer:
         self.files[name] = FileEntry(size=target.stat().st_size, sha256=digest)
         return name
 
+    def note(self, name: str) -> None:
+        """List a file that is there already."""
+        path = self.folder / name
+        self.files[name] = FileEntry(size=path.stat().st_size, sha256=sha256_file(path))
+
     def write(self, pattern: str, content: bytes) -> str:
         """Write bytes to a name by hash (or to a fixed one); returns the name."""
         digest = hashlib.sha256(content).hexdigest()

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from mtserve.errors import CheckpointError
-from mtserve.rows import Ints, Row, texts_of
+from mtserve.rows import Ints, Row, spans, texts_of
 from mtserve.tasks.base import HeadSpec, Reads
 from mtserve.trunk import hidden_size
 
@@ -86,9 +86,9 @@ class FlatStates:
         rows themselves."""
         starts, counts = self.starts[rows], self.counts[rows]
         if head.reads == "last" and head.per_token:
-            return self._alone(_spans(starts + counts - answers, answers))
+            return self._alone(spans(starts + counts - answers, answers))
         if head.reads == "all" and head.per_token:
-            return self._alone(_spans(starts, counts))
+            return self._alone(spans(starts, counts))
         if head.reads == "all":
             states = self._padded(starts, counts)
             if isinstance(head, PairHead):
@@ -120,12 +120,6 @@ class FlatStates:
         at = np.where(mask, starts[:, None] + steps, starts[:, None])
         hidden = self.hidden.index_select(0, self._index(at.ravel())).view(*mask.shape, -1)
         return TrunkStates(hidden, None, self._index(mask.astype(np.int32)))
-
-
-def _spans(starts: Ints, counts: Ints) -> Ints:
-    """start, start + 1, … of each, one after another: (sum of counts,)."""
-    before = np.repeat(np.cumsum(counts) - counts, counts)
-    return np.asarray(np.repeat(starts, counts) + np.arange(counts.sum()) - before, np.int32)
 
 
 class _TakenOut(nn.Module):

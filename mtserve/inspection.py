@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isfinite
 from typing import Any
 
 from mtserve.checkpoint import Checkpoint
+from mtserve.comparison import Answered, Cases
 from mtserve.decisions import flipped
 from mtserve.engine import Engine
 from mtserve.golden import GoldenReport, check_golden, largest_difference
@@ -36,6 +38,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     ]
     return {
         "folder": str(checkpoint.folder),
+        "artefact": manifest.artefact,
+        "exported": None if manifest.exported is None else manifest.exported.model_dump(mode="json"),
         "format": manifest.format,
         "written_by": manifest.written_by,
         "trunk": manifest.trunk.model_dump(mode="json"),
@@ -53,19 +57,27 @@ def _preparation(own: tuple[str, ...] | None, shared: tuple[str, ...]) -> dict[s
 
 
 def verify(checkpoint: Checkpoint) -> list[GoldenReport]:
-    """Read every byte, load the model and encode the golden rows of every task again in fp32.
+    """Read every byte, load the model and encode the golden rows of every task again, in fp32 or as a bundle does.
 
     Raises CheckpointError where a hash differs; whether golden rows are reproduced is in the reports.
     """
     checkpoint.verify()
-    return golden_reports(checkpoint, load_checkpoint(checkpoint, profile="fp32"))
+    return golden_reports(checkpoint, load_checkpoint(checkpoint, profile=_exact(checkpoint)))
+
+
+def _exact(checkpoint: Checkpoint) -> str:
+    """The profile to compare in: fp32, or the only one that a bundle has."""
+    exported = checkpoint.manifest.exported
+    return "fp32" if exported is None else exported.profile
 
 
 def verify_profiles(checkpoint: Checkpoint) -> dict[str, list[GoldenReport]]:
     """As `verify`, in fp32 and then in every other accepted profile that this machine has units for."""
+    found = {_exact(checkpoint): verify(checkpoint)}
+    if checkpoint.manifest.exported is not None:
+        return found
     from mtserve.backends.hardware import device, hardware
 
-    found = {"fp32": verify(checkpoint)}
     there = hardware(device())
     for name in checkpoint.manifest.profiles:
         if name in PRECISIONS and name not in found and PRECISIONS[name].pays(there):
@@ -84,13 +96,14 @@ def golden_reports(checkpoint: Checkpoint, engine: Engine) -> list[GoldenReport]
 
 def compare(one: Checkpoint, other: Checkpoint) -> dict[str, Any]:
     """How two checkpoints differ: trunk, tasks and options, and for each common task the answers to the first one's
-    calibration rows, both in fp32 (largest difference of a logit, rows that are decided otherwise)."""
+    calibration rows, both in fp32 or as a bundle does (largest difference of a logit, rows that are decided otherwise,
+    and where the options are the same the metric of both)."""
     left = {task.name: task for task in one.manifest.tasks}
     right = {task.name: task for task in other.manifest.tasks}
     common = [name for name in left if name in right and left[name].kind == right[name].kind]
     engines = (
-        load_checkpoint(one, profile="fp32", accepted_only=False),
-        load_checkpoint(other, profile="fp32", accepted_only=False),
+        load_checkpoint(one, profile=_exact(one), accepted_only=False),
+        load_checkpoint(other, profile=_exact(other), accepted_only=False),
     )
     return {
         "same_trunk": one.manifest.trunk.fingerprint == other.manifest.trunk.fingerprint,
@@ -100,25 +113,30 @@ def compare(one: Checkpoint, other: Checkpoint) -> dict[str, Any]:
         "tasks": {
             name: {
                 "same_options": left[name].options == right[name].options,
-                **_answers_differ(engines, name, one.calibration(name)[:MOST_COMPARED]),
+                **_answers_differ(engines, name, one, scored=left[name].options == right[name].options),
             }
             for name in common
         },
     }
 
 
-def _answers_differ(engines: tuple[Engine, Engine], task: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Both engines' answers to the same inputs; the difference is None between outputs of other shapes, or where one
-    is no finite number."""
-    kind = engines[0].task(task).kind
-    fields = kind.example.model_fields
-    examples = [kind.parse({name: record[name] for name in fields if name in record}) for record in records]
-    works = [[engine.prepare(task, example) for example in examples] for engine in engines]
-    predictions = [engine.run(batch, errors=True) for engine, batch in zip(engines, works, strict=True)]
-    options = engines[0].task(task).options
-    changed = sum(flipped(a, b, options) for a, b in zip(*predictions, strict=True))
+def _answers_differ(engines: tuple[Engine, Engine], task: str, rows: Checkpoint, *, scored: bool) -> dict[str, Any]:
+    """Both engines' answers to the task's calibration rows, of which there may be none; the difference is None between
+    outputs of other shapes, or where one is no finite number. `scored`: with the metric of both."""
+    cases = Cases.of(rows, engines[0].task(task))
+    cases = replace(cases, labelled=cases.labelled[:MOST_COMPARED], examples=cases.examples[:MOST_COMPARED])
+    here, there = (Answered.by(engine, cases) for engine in engines)
+    options = cases.task.options
+    changed = sum(flipped(a, b, options) for a, b in zip(here.predictions, there.predictions, strict=True))
     worst = 0.0
-    for a, b in zip(*works, strict=True):
-        for x, y in zip(a.logits, b.logits, strict=False):
+    for a, b in zip(here.logits, there.logits, strict=True):
+        for x, y in zip(a, b, strict=False):
             worst = max(worst, largest_difference(x, y))
-    return {"rows": len(records), "flips": changed, "largest_logit_difference": worst if isfinite(worst) else None}
+    found: dict[str, Any] = {
+        "rows": len(cases.examples),
+        "flips": changed,
+        "largest_logit_difference": worst if isfinite(worst) else None,
+    }
+    if scored and cases.examples:
+        found["metric"] = {"name": cases.task.kind.metric, "here": here.score(), "there": there.score()}
+    return found

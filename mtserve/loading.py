@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtserve.backends.base import Backend
+from mtserve.backends.runtime import Runtime
+from mtserve.bundle import Exported
 from mtserve.checkpoint import Checkpoint
 from mtserve.engine import DEFAULT_BUDGET, DEFAULT_PAST, Engine, Task
 from mtserve.errors import CheckpointError, ConfigError, MissingExtraError
-from mtserve.profiles import PRECISIONS, Device, Hardware, choose, profile_key, together
+from mtserve.profiles import PRECISIONS, Hardware, choose, profile_key, together
 from mtserve.resolve import resolve
 from mtserve.text import Text
 
@@ -63,55 +66,85 @@ def load_checkpoint(
     capture: bool = False,
     max_batch_tokens: int = DEFAULT_BUDGET,
     max_past_tokens: int = DEFAULT_PAST,
+    runtime: Runtime | None = None,
 ) -> Engine:
-    """An engine over an opened checkpoint, and over the heads of others that have the same trunk and other tasks.
+    """An engine over an opened checkpoint or bundle, and over the heads of other checkpoints of the same trunk.
 
     profile         its name; None chooses as serving does, the same one on every start (`mtserve.profiles.choose`)
     device          `auto`, `cpu` or `cuda`
     accepted_only   False takes a profile that the checkpoints do not accept too: to measure it
+    runtime         how a bundle's graphs are opened; of a checkpoint it says nothing. Without it `device` alone counts
     capture         make the trunk's pass a graph before the first request: some seconds, after which every pass has
                     less overhead, a short one most (`mtserve.backends.captured`; on a GPU `mtserve.backends.graphs`)
 
     Raises CheckpointError for a profile that one of them does not accept, ConfigError for one that is unknown, or does
     not run here.
     """
-    try:
-        from mtserve.backends.eager import EagerBackend
-        from mtserve.backends.hardware import device as device_of
-        from mtserve.backends.hardware import hardware
-        from mtserve.weights import add_heads, load_model
-    except ImportError as error:
-        raise MissingExtraError("running a torch checkpoint", "torch") from error
     every = (checkpoint, *others)
-    there = hardware(device_of(device))
-    name = _checked(every, profile, there, accepted_only=accepted_only)
-    model, text = load_model(checkpoint), checkpoint.text()
-    check_vocabulary(text, model.trunk.config)
-    for other in others:
-        add_heads(model, other)
+    text = checkpoint.text()
+    if checkpoint.manifest.exported is not None:
+        backend: Backend = _onnx(every, checkpoint.manifest.exported, profile, runtime or Runtime(device=device))
+    else:
+        backend = _eager(every, text, profile, device, accepted_only=accepted_only, capture=capture)
     entries = [entry for each in every for entry in each.manifest.tasks]
     return Engine(
         [Task(entry.name, entry.handler, entry.parsed_options, entry.metrics) for entry in entries],
-        EagerBackend(
-            model.to(there.device),
-            pad_id=checkpoint.manifest.text.pad_id,
-            profile=name,
-            capture=capture,
-            graphs=capture,
-        ),
+        backend,
         text,
         max_batch_tokens=max_batch_tokens,
         max_past_tokens=max_past_tokens,
     )
 
 
-def check_vocabulary(text: Text, config: Any) -> None:
-    """Raise CheckpointError for a tokenizer with more tokens than the trunk has embeddings, or another pad token."""
-    pad, rows = text.spec.pad_id, int(config.vocab_size)
+def _eager(
+    checkpoints: Sequence[Checkpoint],
+    text: Text,
+    profile: str | None,
+    device: str,
+    *,
+    accepted_only: bool,
+    capture: bool,
+) -> Backend:
+    try:
+        from mtserve.backends import hardware
+        from mtserve.backends.eager import EagerBackend
+        from mtserve.weights import add_heads, load_model
+    except ImportError as error:
+        raise MissingExtraError("running a torch checkpoint", "torch") from error
+    there = hardware.hardware(hardware.device(device))
+    name = _checked(checkpoints, profile, there, accepted_only=accepted_only)
+    model = load_model(checkpoints[0])
+    check_vocabulary(text, model.trunk.config.vocab_size, model.trunk.config.pad_token_id)
+    for other in checkpoints[1:]:
+        add_heads(model, other)
+    ways = {"capture": capture, "graphs": capture}
+    return EagerBackend(model.to(there.device), pad_id=text.spec.pad_id, profile=name, **ways)
+
+
+def _onnx(checkpoints: Sequence[Checkpoint], exported: Exported, profile: str | None, runtime: Runtime) -> Backend:
+    bundle, *others = checkpoints
+    if others:
+        raise CheckpointError(f"{bundle.folder} is a bundle, which takes no heads of {others[0].folder}")
+    if profile not in (None, exported.profile):
+        raise ConfigError(f"{bundle.folder} is a bundle that computes in {exported.profile}; found profile {profile}")
+    try:
+        from mtserve.backends.onnx import OnnxBackend
+        from mtserve.backends.sessions import Graphs
+    except ImportError as error:
+        raise MissingExtraError("running a bundle", "onnx") from error
+    text = bundle.manifest.text
+    check_vocabulary(bundle.text(), exported.vocab_size, text.pad_id)
+    return OnnxBackend(Graphs(bundle.folder, exported, runtime), pad_id=text.pad_id)
+
+
+def check_vocabulary(text: Text, rows: int, pad_token_id: int | None) -> None:
+    """Raise CheckpointError for a tokenizer with more tokens than the trunk has embeddings (`rows`), or another pad
+    token."""
+    pad = text.spec.pad_id
     if text.vocab_size > rows:
         raise CheckpointError(f"the tokenizer has {text.vocab_size} tokens, and the trunk embeddings for {rows}")
-    if pad not in range(rows) or config.pad_token_id not in (None, pad):
-        raise CheckpointError(f"the pad token is {pad} in the manifest and {config.pad_token_id} in the trunk's config")
+    if pad not in range(rows) or pad_token_id not in (None, pad):
+        raise CheckpointError(f"the pad token is {pad} in the manifest and {pad_token_id} in the trunk's config")
 
 
 def _checked(checkpoints: Sequence[Checkpoint], profile: str | None, there: Hardware, *, accepted_only: bool) -> str:
@@ -131,14 +164,9 @@ def _checked(checkpoints: Sequence[Checkpoint], profile: str | None, there: Hard
 
 def in_force(engine: Engine, fingerprint: str) -> InForce:
     """How an engine that `load_checkpoint` made computes."""
-    from mtserve.backends.eager import EagerBackend
-    from mtserve.backends.hardware import hardware
-
     backend = engine.backend
-    assert isinstance(backend, EagerBackend)
-    device: Device = "cuda" if backend.served.device.type == "cuda" else "cpu"
-    key = profile_key(fingerprint, backend.profile, device)
-    return InForce(backend.profile, hardware(device), padding_free=backend.served.flat, key=key)
+    key = profile_key(fingerprint, backend.profile, backend.hardware.device)
+    return InForce(backend.profile, backend.hardware, padding_free=backend.padding_free, key=key)
 
 
 def in_profile(engine: Engine, profile: str) -> Engine:

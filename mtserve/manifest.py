@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from mtserve.bundle import GRAPHS, Exported
 from mtserve.errors import CheckpointError
 from mtserve.tasks import KINDS
 from mtserve.tasks.base import AnyKind, Options
@@ -114,7 +115,8 @@ class Speed(_Entry):
 
 class Change(_Entry):
     """By how much a task's metric differs from fp32's over all its calibration rows: 95 % are from `low` to `high`, by
-    a paired bootstrap. `flips` of its `rows` are decided otherwise."""
+    a paired bootstrap. `flips` of its `rows` are decided otherwise; `difference` is the largest of a logit, as golden
+    rows measure it (of a bundle; of kinds of several steps 0)."""
 
     metric: str
     fp32: float
@@ -123,6 +125,7 @@ class Change(_Entry):
     high: float
     flips: int = Field(ge=0)
     rows: int = Field(ge=1)
+    difference: float | None = None
 
 
 class Profile(_Entry):
@@ -148,13 +151,16 @@ FP32 = Profile(tolerance=1e-4)
 
 
 class Manifest(_Entry):
+    """All that is said of a folder. `exported` speaks of a bundle's graphs; there is none of a checkpoint."""
+
     format: int
-    artefact: str = "checkpoint"
+    artefact: Literal["checkpoint", "bundle"] = "checkpoint"
     written_by: str
     trunk: TrunkEntry
     text: TextSpec
     tasks: tuple[TaskEntry, ...] = Field(min_length=1)
     profiles: dict[str, Profile] = {"fp32": FP32}
+    exported: Exported | None = None
     files: dict[str, FileEntry]
     provenance: dict[str, Any] = {}
 
@@ -190,7 +196,15 @@ class Manifest(_Entry):
         names = [task.name for task in self.tasks]
         if len(set(names)) != len(names):
             raise ValueError(f"task names must be distinct; found {', '.join(names)}")
-        used = [self.trunk.weights, "trunk/config.json", "tokenizer.json"]
+        if (self.exported is None) != (self.artefact == "checkpoint"):
+            raise ValueError(f"a {self.artefact} has {'no' if self.exported is None else 'exported'} graphs")
+        used = [self.trunk.weights, "tokenizer.json"]
+        if self.exported is None:
+            used += ["trunk/config.json"]
+        else:
+            used += [GRAPHS, *(head.path for head in self.exported.heads.values())]
+            if [*self.exported.heads] != names:
+                raise ValueError(f"heads of {', '.join(self.exported.heads)} for tasks {', '.join(names)}")
         for task in self.tasks:
             used += [path for path in (task.weights, task.config, task.golden, task.calibration) if path is not None]
             if task.trunk != self.trunk.fingerprint:

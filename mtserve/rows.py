@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int32]
+AnyInts = npt.NDArray[np.signedinteger[Any]]
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float32]
 
@@ -131,6 +132,12 @@ def texts_of(rows: Sequence[Row]) -> Ints:
         behind = np.arange(len(row)) >= (row.second or len(row))
         found[at, : len(row)] = np.where(row.special, 0, 1 + behind)
     return found
+
+
+def spans(starts: AnyInts, counts: AnyInts) -> AnyInts:
+    """start, start + 1, … of each, one after another: (sum of counts,)."""
+    before = np.repeat(np.cumsum(counts) - counts, counts)
+    return np.asarray(np.repeat(starts, counts) + np.arange(counts.sum()) - before, starts.dtype)
 
 
 def make_row(ids: Any, type_ids: Any, offsets: Any, special: Any) -> Row:

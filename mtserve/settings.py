@@ -67,6 +67,18 @@ class Settings(BaseSettings):
         default=True,
         description="Whether the trunk's pass is made a graph at start: some seconds, for less overhead in every pass.",
     )
+    onnx_providers: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="What computes bundles, by preference and with commas: tensorrt, cuda, openvino, cpu; by default "
+        "what the device has.",
+    )
+    onnx_device_id: int = Field(default=0, ge=0, description="Which GPU computes bundles.")
+    onnx_memory_mib: int | None = Field(default=None, ge=1, description="Most of a GPU's memory that a graph takes.")
+    onnx_arena: bool = Field(default=True, description="Whether bundles keep freed memory for the next pass.")
+    onnx_cuda_graph: bool = Field(default=False, description="Whether a bundle's passes are recorded as CUDA graphs.")
+    onnx_io_binding: bool = Field(
+        default=True, description="Whether a bundle's states stay on the GPU between trunk and heads."
+    )
     workers: int = Field(
         default=1, ge=1, description="Processes that speak HTTP; if several, they share one more, which has the model."
     )
@@ -83,7 +95,7 @@ class Settings(BaseSettings):
         description="Whether freed memory is kept for the next pass (glibc); by default as tuned, else yes.",
     )
 
-    @field_validator("model", "api_keys", mode="before")
+    @field_validator("model", "api_keys", "onnx_providers", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if not isinstance(value, str):

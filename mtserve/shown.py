@@ -28,6 +28,9 @@ def facts(facts: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     trunk, mib = facts["trunk"], {name: size / 2**20 for name, size in facts["bytes"].items()}
     longest = "rows of any length" if trunk["max_length"] is None else f"rows up to {trunk['max_length']} tokens"
+    if (exported := facts["exported"]) is not None:
+        how = f"{exported['dtype']} {exported['variant']}".rstrip()
+        lines.append(f"a bundle in {how}, opset {exported['opset']}, of checkpoint {exported['checkpoint'][:12]}")
     lines.append(f"{facts['folder']}: format {facts['format']}, written by {facts['written_by']}")
     lines.append(
         f"trunk: {trunk['family']} from {trunk['source']}, {trunk['parameters'] / 1e6:.1f}M parameters, {longest}"
@@ -102,6 +105,26 @@ def tuning(report: Report) -> list[str]:
     said += report.notes
     end = "recorded" if report.recorded else "not recorded (--dry-run)"
     return [*said, f"serving here takes {report.chosen}; {end}"]
+
+
+def exported(report: dict[str, Any]) -> list[str]:
+    """What `mtserve export` tried and wrote."""
+    lines = [("graphs", "weights", "short request", "ONNX fp32", "flips", "tolerance", "verdict")]
+    tasks = [("graphs", "task", "metric", "PyTorch", "ONNX", "flips", "largest difference")]
+    for one in report["tried"]:
+        verdict = one["verdict"]
+        times = f"{one['short_ms']:.1f} ms", f"{one['fp32_ms']:.1f} ms"
+        flips, size = f"{verdict['flips']}/{verdict['rows']}", f"{one['bytes'] / 2**20:.1f} MiB"
+        ends = "accepted" if verdict["accepted"] else f"refused: {verdict['reason']}"
+        lines.append((one["variant"], size, *times, flips, f"{verdict['tolerance']:.2g}", ends))
+        for task, of in verdict["tasks"].items():
+            off = "not finite" if of["difference"] is None else f"{of['difference']:.1e}"
+            scores = f"{of['fp32']:.4f}", f"{of['fp32'] + of['change']:.4f}"
+            tasks.append((one["variant"], task, of["metric"], *scores, f"{of['flips']}/{of['rows']}", off))
+    said = [*aligned(lines), "", *(aligned(tasks) if len(tasks) > 1 else [])]
+    if report["bundle"] is None:
+        return [*said, "", "nothing is written, as none answers like the checkpoint"]
+    return [*said, "", f"{report['bundle']}: {report['bytes'] / 2**20:.1f} MiB"]
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:

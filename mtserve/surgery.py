@@ -75,6 +75,7 @@ def bring_heads(checkpoint: Checkpoint, source: Checkpoint, names: Mapping[str, 
             f"heads of {source.folder} were trained on trunk {theirs.fingerprint[:12]} ({theirs.source}); "
             f"{checkpoint.folder} holds {ours.fingerprint[:12]} ({ours.source}). A head goes with its own trunk alone"
         )
+    source.check_torch("taking heads from it")
     _check_there(source, names)
     for name in names.values():
         _check_name(name)
@@ -191,6 +192,7 @@ def _tell(path: Path, changes: Sequence[Mapping[str, Any]], card: str, outdated:
 
 
 def _check_unchanged(checkpoint: Checkpoint) -> None:
+    checkpoint.check_torch("changing its heads")
     if read_manifest(checkpoint.folder) != checkpoint.manifest:
         raise CheckpointError(f"{checkpoint.folder} was written anew since it was opened; nothing is changed")
 

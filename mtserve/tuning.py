@@ -60,6 +60,14 @@ class Verdict:
     tasks: Mapping[str, Change]
     tokens_per_s: float | None
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            **{name: value for name, value in vars(self).items() if name != "tasks"},
+            "difference": self.difference if np.isfinite(self.difference) else None,
+            "tasks": {task: change.model_dump() for task, change in self.tasks.items()},
+        }
+
     @classmethod
     def failed(cls, name: str, reason: str) -> Verdict:
         """Of a profile in which the model cannot compute at all."""
@@ -90,14 +98,7 @@ class Report:
         """JSON-ready."""
         found = asdict(replace(self, verdicts=()))
         found["kept_memory"] = {str(kept).lower(): rate for kept, rate in self.kept_memory.items()}
-        found["verdicts"] = [
-            {
-                **{name: value for name, value in vars(one).items() if name != "tasks"},
-                "difference": one.difference if np.isfinite(one.difference) else None,
-                "tasks": {task: change.model_dump() for task, change in one.tasks.items()},
-            }
-            for one in self.verdicts
-        ]
+        found["verdicts"] = [one.as_dict() for one in self.verdicts]
         return found
 
 
@@ -145,6 +146,7 @@ def tune(
     `threads` are used and recorded as they are; else the best count is looked for. A round takes about `seconds` in
     fp32. Raises ConfigError for a profile that does not run here, CheckpointError, MissingExtraError.
     """
+    checkpoint.check_torch("tuning it")
     try:
         import scipy
         import sklearn

@@ -27,6 +27,7 @@ def load_model(checkpoint: Checkpoint) -> Model:
 
     Raises CheckpointError if tensors are missing, left over or of a wrong shape.
     """
+    checkpoint.check_torch("loading it into PyTorch")
     manifest = checkpoint.manifest
     config = _config(checkpoint.folder / "trunk/config.json")
     state = load_file(checkpoint.folder / manifest.trunk.weights)

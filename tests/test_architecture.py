@@ -16,7 +16,7 @@ import mtserve
 ROOT = Path(__file__).parent.parent
 LAYERS: list[set[str]] = [
     {"errors", "rows", "observer"},
-    {"settings", "resolve", "preparation", "batching", "safetensors_file", "profiles"},
+    {"settings", "resolve", "preparation", "batching", "safetensors_file", "profiles", "bundle"},
     {"text"},
     {"tasks", "trunk"},
     {"ticket", "waiting", "decisions", "stepper"},
@@ -35,6 +35,7 @@ LAYERS: list[set[str]] = [
     {"loading", "interop", "comparison"},
     {"inspection", "speeds"},
     {"tuning"},
+    {"export"},
     {"shown"},
     {"serve"},
     {"demo"},
@@ -45,10 +46,11 @@ ONLY_IN = {
     "bentoml": {"serve"},
     "prometheus_client": {"serve"},
     "starlette": {"serve"},
+    "onnx": {"export"},
     "onnxruntime": {"backends", "export"},
     "tokenizers": {"text"},
-    "torch": {"trunk", "heads", "model", "weights", "backends", "tasks", "interop"},
-    "transformers": {"trunk", "heads", "model", "weights", "backends", "interop"},
+    "torch": {"trunk", "heads", "model", "weights", "backends", "tasks", "interop", "export"},
+    "transformers": {"trunk", "heads", "model", "weights", "backends", "interop", "export"},
 }
 
 

@@ -98,6 +98,7 @@ class Program:
     plain: EagerBackend
     random: np.random.Generator
     running: list[Row] = field(default_factory=list)
+    task: str = "say"
     dearer: bool = False  # a pass failed, or an origin was cut that a fork waits for: some tokens are computed anew
 
     def some(self) -> int | None:
@@ -142,12 +143,12 @@ class Program:
         if fail:
             self.dearer = True
             with pytest.raises(Broken), BrokenLayer(self.of):
-                answers(self.of, rows)
+                answers(self.of, rows, self.task)
             assert [r.past.length for r in rows if r.past] == lengths
             return
-        found = answers(self.of, rows)
+        found = answers(self.of, rows, self.task)
         assert [r.past.length for r in rows if r.past] == [len(r) for r in rows]
-        assert_plain(found, self.plain, rows)
+        assert_plain(found, self.plain, rows, self.task)
         assert self.of.tokens - before >= pending
         if not self.dearer:
             assert self.of.tokens - before == pending

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from mtserve.batching import Batch, Cost
+from mtserve.profiles import Hardware
 from mtserve.rows import Floats
 
 Answers = dict[str, list[Floats]]
@@ -57,6 +58,16 @@ class Backend(Protocol):
 
     profile: str
     tokens: int
+
+    @property
+    def hardware(self) -> Hardware:
+        """What it computes on."""
+        ...
+
+    @property
+    def padding_free(self) -> bool:
+        """Whether rows lie end to end; else they are padded."""
+        ...
 
     @property
     def cost(self) -> Cost: ...

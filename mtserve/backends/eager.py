@@ -22,6 +22,7 @@ from functools import cached_property, partial
 import numpy as np
 import torch
 
+from mtserve.backends import hardware
 from mtserve.backends.base import Answers, Times
 from mtserve.backends.flat import Rectangle
 from mtserve.backends.graphs import Graphs, graphs_of
@@ -33,6 +34,7 @@ from mtserve.backends.staging import Lane, moved, padded, sent, staged
 from mtserve.batching import Batch, Cost, padded_cost, real_cost
 from mtserve.heads import FlatStates
 from mtserve.model import Model
+from mtserve.profiles import Hardware
 from mtserve.rows import Ints, Past, Row, make_row
 from mtserve.trunk import inputs_of, is_causal
 
@@ -84,6 +86,14 @@ class EagerBackend:
             return None
         with self._evaluating():
             return graphs_of(self.served, Proof(self.model))
+
+    @property
+    def hardware(self) -> Hardware:
+        return hardware.hardware("cuda" if self.served.device.type == "cuda" else "cpu")
+
+    @property
+    def padding_free(self) -> bool:
+        return self.served.flat
 
     @property
     def cost(self) -> Cost:

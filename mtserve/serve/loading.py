@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mtserve.backends.runtime import Runtime
 from mtserve.checkpoint import Checkpoint
 from mtserve.engine import Engine, Task
 from mtserve.errors import CheckpointError, ConfigError
@@ -113,8 +114,9 @@ def load_table(
 
 def _load_table(settings: Settings, workers: int, observer: Callable[[str], Observer]) -> TaskTable:
     checkpoints = check_settings(settings)
-    share = Share.of(settings, workers=workers)
-    loaded = [_load(together, settings) for together in grouped(checkpoints)]
+    torch = any(each.manifest.exported is None for each in checkpoints)
+    share = Share.of(settings, workers=workers, torch=torch)
+    loaded = [_load(together, settings, share.threads) for together in grouped(checkpoints)]
     share.settle([speed for each in loaded for speed in each.speeds(share.cores)])
     golden = {name: report for each in loaded for name, report in _golden(each)}
     trunks: list[ServedTrunk] = []
@@ -151,7 +153,7 @@ class _Loaded:
         return [speed for speed in found if speed is not None and speed.cores == cores]
 
 
-def _load(checkpoints: Sequence[Checkpoint], settings: Settings) -> _Loaded:
+def _load(checkpoints: Sequence[Checkpoint], settings: Settings, threads: int) -> _Loaded:
     engine = load_checkpoint(
         *checkpoints,
         profile=None if settings.profile == "auto" else settings.profile,
@@ -159,6 +161,16 @@ def _load(checkpoints: Sequence[Checkpoint], settings: Settings) -> _Loaded:
         capture=settings.capture,
         max_batch_tokens=settings.max_batch_tokens,
         max_past_tokens=settings.max_past_tokens,
+        runtime=Runtime(
+            device=settings.device,
+            providers=settings.onnx_providers,
+            device_id=settings.onnx_device_id,
+            threads=threads,
+            arena=settings.onnx_arena,
+            memory_mib=settings.onnx_memory_mib,
+            cuda_graph=settings.onnx_cuda_graph,
+            io_binding=settings.onnx_io_binding,
+        ),
     )
     return _Loaded(checkpoints, engine, in_force(engine, checkpoints[0].manifest.trunk.fingerprint))
 
@@ -204,11 +216,13 @@ def _queue(loaded: _Loaded, settings: Settings, observer: Observer, thread: Thre
 
 
 def grouped(checkpoints: Sequence[Checkpoint]) -> list[list[Checkpoint]]:
-    """Checkpoints of one trunk together."""
+    """Checkpoints of one trunk together, each bundle alone."""
     of_trunk: dict[tuple[str, str], list[Checkpoint]] = {}
     for checkpoint in checkpoints:
         manifest = checkpoint.manifest  # the fingerprint does not cover the config
-        key = manifest.trunk.fingerprint, manifest.files["trunk/config.json"].sha256
+        alone = manifest.exported is not None
+        apart = str(checkpoint.folder) if alone else manifest.files["trunk/config.json"].sha256
+        key = manifest.trunk.fingerprint, apart
         of_trunk.setdefault(key, []).append(checkpoint)
     return [*of_trunk.values()]
 

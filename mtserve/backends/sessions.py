@@ -1,0 +1,120 @@
+"""A bundle's graphs, opened in ONNX Runtime: on which device, with how many threads and how much memory. Knows no rows.
+
+Large tensors stay where they are, in the bundle's file of weights: ONNX Runtime maps it into memory, and processes that
+open the same bundle share its pages, but for matrices that it packs for its kernels.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from mtserve.backends.runtime import ON_GPU, PROVIDERS, Runtime
+from mtserve.bundle import GRAPHS, OPSETS, Exported
+from mtserve.errors import CheckpointError, ConfigError
+from mtserve.profiles import Device
+
+Feeds = Mapping[str, Any]
+
+
+class Graphs:
+    """The trunk and the heads of a bundle, ready to run.
+
+    Raises ConfigError for a provider that cannot be had, CheckpointError for a graph that ONNX Runtime cannot open.
+    """
+
+    def __init__(self, folder: Path, exported: Exported, runtime: Runtime) -> None:
+        self.runtime, self.exported = runtime, exported
+        self.providers = runtime.chosen(ort.get_available_providers(), ort.__version__)
+        if exported.opset not in OPSETS:
+            found = f"opset {exported.opset} of ONNX; this version opens {OPSETS.start} to {OPSETS.stop - 1}"
+            raise CheckpointError(f"the bundle {folder} is of {found}")
+        if self.on_gpu and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()
+        self.trunk = self._open(folder, GRAPHS)
+        self.heads = {task: self._open(folder, head.path) for task, head in exported.heads.items()}
+        _check_inputs(self.trunk, exported.trunk.inputs, folder / GRAPHS)
+        for task, head in exported.heads.items():
+            _check_inputs(self.heads[task], head.inputs, folder / head.path)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.providers[0] in ON_GPU
+
+    @property
+    def device(self) -> Device:
+        return "cuda" if self.on_gpu else "cpu"
+
+    def states(self, outputs: Sequence[str], feeds: Feeds, *, kept: Sequence[str] = ()) -> dict[str, Any]:
+        """The trunk's outputs by name: arrays, or on a GPU with io-binding values there, but those `kept` by us."""
+        if not (self.on_gpu and self.runtime.io_binding):
+            return dict(zip(outputs, self.trunk.run([*outputs], dict(feeds)), strict=True))
+        binding = self.trunk.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        for name in outputs:
+            binding.bind_output(name, "cpu" if name in kept else "cuda", self.runtime.device_id)
+        self.trunk.run_with_iobinding(binding)
+        found = dict(zip(outputs, binding.get_outputs(), strict=True))
+        return {name: value.numpy() if name in kept else value for name, value in found.items()}
+
+    def logits(self, task: str, feeds: Feeds) -> Any:
+        """A head's output as an array; states go in as the trunk gave them."""
+        session = self.heads[task]
+        if not (self.on_gpu and self.runtime.io_binding):
+            return session.run(["logits"], dict(feeds))[0]
+        binding = session.io_binding()
+        for name, value in feeds.items():
+            if isinstance(value, ort.OrtValue):
+                binding.bind_ortvalue_input(name, value)
+            else:
+                binding.bind_cpu_input(name, value)
+        binding.bind_output("logits", "cpu")
+        session.run_with_iobinding(binding)
+        return binding.copy_outputs_to_cpu()[0]
+
+    def _open(self, folder: Path, path: str) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.enable_cpu_mem_arena = self.runtime.arena
+        if self.runtime.threads is not None:
+            options.intra_op_num_threads = self.runtime.threads
+        # a graph in a folder of its own may name a file beside that folder only if it comes as bytes
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        asked = [(PROVIDERS[name], self.runtime.options(name)) for name in self.providers]
+        try:
+            session = ort.InferenceSession((folder / path).read_bytes(), options, providers=asked)
+        except OSError as error:
+            raise CheckpointError(f"{folder / path} cannot be read: {error}") from error
+        except Exception as error:  # ONNX Runtime's errors have no class of their own
+            reason = str(error).partition("\n")[0]
+            by = f"ONNX Runtime {ort.__version__}"
+            raise CheckpointError(f"{folder / path} cannot be opened by {by}: {reason}") from None
+        if (first := PROVIDERS[self.providers[0]]) not in session.get_providers():
+            raise ConfigError(
+                f"ONNX Runtime {ort.__version__} has the provider {first}, and cannot start it: libraries that it "
+                f"needs are missing. {_libraries(self.providers[0])}, or choose the CPU: MTSERVE_DEVICE=cpu"
+            )
+        return session
+
+
+def _libraries(name: str) -> str:
+    if name == "openvino":
+        return "Install OpenVINO"
+    try:
+        version = importlib.metadata.version("onnxruntime-gpu")
+    except importlib.metadata.PackageNotFoundError:
+        version = ort.__version__
+    also = " and TensorRT" if name == "tensorrt" else ""
+    wanted = f"Install CUDA and cuDNN{also} as onnxruntime-gpu {version} wants them"
+    return f"{wanted}: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+
+
+def _check_inputs(session: ort.InferenceSession, wanted: Sequence[str], path: Path) -> None:
+    found = [one.name for one in session.get_inputs()]
+    if found != [*wanted]:
+        raise CheckpointError(f"{path} takes {', '.join(found)}; the manifest says {', '.join(wanted)}")

@@ -1,0 +1,1 @@
+"""A checkpoint becomes a bundle: graphs that ONNX Runtime computes, and all that serving needs. Torch."""

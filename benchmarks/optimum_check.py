@@ -45,7 +45,7 @@ def main() -> None:
     engine = load_checkpoint(bundle, runtime=Runtime(device="cpu"))
     with tempfile.TemporaryDirectory(prefix="optimum-") as home:
         rows = _rows(checkpoint, engine)
-        models = {name: kind for name, kind in _stock(checkpoint, Path(home) / "stock")}
+        models = dict(_stock(checkpoint, Path(home) / "stock"))
         request = Path(home) / "request.json"
         given = [[row.ids.tolist(), row.type_ids.tolist()] for row in rows]
         request.write_text(json.dumps({"models": models, "rows": given, "home": home}))

@@ -110,6 +110,10 @@ class Row:
         arrays = {name: getattr(self, name)[kept] for name in ("ids", "type_ids", "offsets", "special")}
         return replace(self, **arrays, answers=1)
 
+    def begun(self, length: int, past: Past | None) -> Row:
+        """Its first tokens as a row that shares nothing, with a past of its own."""
+        return replace(self.first_tokens(length), past=past, shared=0)
+
     def extended(self, tokens: Sequence[int], *, past: Past | None = None, answers: int = 1) -> Row:
         """This row with more tokens of text at its end, of the type of its last one: how a generation goes on."""
         more = len(tokens)

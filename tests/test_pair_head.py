@@ -23,6 +23,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "close": ("similarity", {"low": 0, "high": 5, "pooling": "pair", "max_length": 48}),
     "blend": ("similarity", {"low": 0, "high": 5, "method": "both", "max_length": 48}),
     "pick": ("multiple_choice", {"pooling": "pair", "max_length": 48}),
+    "weigh": ("multiple_choice", {"method": "both", "max_length": 48}),
     "topic": ("classification", {"labels": ["good", "bad"], "max_length": 48}),
 }
 PAIRS = [
@@ -123,12 +124,57 @@ def test_both_methods_are_averaged(small: Tiny) -> None:
     assert losses[0] == pytest.approx((losses[1] + losses[2]) / 2, rel=1e-4)
 
 
+def test_both_methods_of_choosing_are_averaged(small: Tiny) -> None:
+    """Logits and loss are the means of those of two heads with the same weights; choices may be of any number."""
+    options = {"joint": {"pooling": "pair"}, "apart": {"method": "cosine"}}
+    tasks = {task: ("multiple_choice", {**of, "max_length": 48}) for task, of in options.items()}
+    alone = tiny(small.model.trunk.config.model_type, tasks=tasks)
+    with torch.no_grad():
+        for ours, theirs in zip(
+            small.model.head("weigh").parameters(), alone.model.head("joint").parameters(), strict=True
+        ):
+            theirs.copy_(ours)
+    asked = [
+        {"question": "what do you open when it starts to rain ?", "choices": ["an umbrella", "a tin of soup", "red"]},
+        {"question": "good", "choices": ["a man", "good"]},
+    ]
+    found, wanted = small.engine.predict("weigh", asked), [alone.engine.predict(task, asked) for task in tasks]
+    for both, joint, apart in zip(found, *wanted, strict=True):
+        logs = [np.log([one["score"] for one in sorted(each, key=lambda o: o["index"])]) for each in (joint, apart)]
+        shares = np.exp(np.mean(logs, 0))
+        scores = [one["score"] for one in sorted(both, key=lambda o: o["index"])]
+        np.testing.assert_allclose(scores, shares / shares.sum(), atol=1e-4)
+    assert wanted[1][1][0]["choice"] == "good"
+    losses = []
+    for tried, task in ((small, "weigh"), (alone, "joint"), (alone, "apart")):
+        rows = [work.rows for work in tried.engine.prepare_all(task, asked)]
+        flat = [row for each in rows for row in each]
+        with torch.inference_mode():
+            logits = tried.model(task, *padded(flat, pad_id=PAD), texts(flat))
+        of = tried.engine.tasks[task]
+        losses.append(float(of.kind.loss(logits, rows, [2, 0], of.options)))
+    assert losses[0] == pytest.approx((losses[1] + losses[2]) / 2, rel=1e-4)
+
+
+def test_a_question_is_encoded_once_for_all_its_choices() -> None:
+    tasks = {"apart": ("multiple_choice", {"method": "cosine"})}
+    small = tiny("bert", tasks=tasks)
+    small.engine.predict("apart", [{"question": "good", "choices": ["a man", "a book", "red", "a man"]}])
+    assert small.engine.counters.rows == 4
+
+
 def test_every_kind_that_has_it_answers_alone_as_in_a_batch_and_after_loading(small: Tiny, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "made", small)
     loaded = mtserve.load(tmp_path / "made")
     for task in small.tasks:
         sample = task.kind.sample(task.options)
-        others = PAIRS if task.name in ("follows", "topic") else [sample] if task.name == "pick" else PAIRS[:2]
+        others = (
+            PAIRS
+            if task.name in ("follows", "topic")
+            else [sample]
+            if task.kind.name == "multiple_choice"
+            else PAIRS[:2]
+        )
         alone = small.engine.predict(task.name, [sample])[0]
         for engine in (small.engine, loaded):
             batch = engine.predict(task.name, [*others, sample])[-1]
@@ -172,7 +218,16 @@ def test_no_stock_model_has_it(tmp_path: Path) -> None:
         split_head(checkpoint, "follows", tmp_path / "stock")
 
 
-@pytest.mark.parametrize(("method", "pooling"), [("cosine", "pair"), ("both", "first"), ("regression", "mean")])
-def test_poolings_that_a_method_does_not_have(method: str, pooling: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "method", "pooling"),
+    [
+        ("similarity", "cosine", "pair"),
+        ("similarity", "both", "first"),
+        ("similarity", "regression", "mean"),
+        ("multiple_choice", "cosine", "pair"),
+        ("multiple_choice", "both", "last"),
+    ],
+)
+def test_poolings_that_a_method_does_not_have(kind: str, method: str, pooling: str) -> None:
     with pytest.raises(ValueError, match=f"pooling {pooling} is not possible for {method}"):
-        KINDS["similarity"].options.model_validate({"method": method, "pooling": pooling})
+        KINDS[kind].options.model_validate({"method": method, "pooling": pooling})

@@ -152,7 +152,7 @@ class EagerBackend:
         rows = [make_row(random.integers(0, size, n), [0] * n, [(0, 0)] * n, [False] * n) for n, _ in sizes]
         whole = self._computed(rows, [0] * len(rows))
         rows = [replace(row, past=Past()) for row in rows]
-        parts = [_beginning(row, known, row.past) for row, (_, known) in zip(rows, sizes, strict=True)]
+        parts = [row.begun(known, row.past) for row, (_, known) in zip(rows, sizes, strict=True)]
         self.pasts.slots.admit(rows)
         self._computed(parts, [0] * len(rows))
         later = self._computed(rows, [known for _, known in sizes])
@@ -170,7 +170,7 @@ class EagerBackend:
         entire = {at for task, some in batch.wanted.items() if reads[task] != "last" for at in some}
         pooled = "pooled" in reads.values()
         groups = self._groups({at: row for at, row in enumerate(rows) if at not in entire})
-        beginnings = [_beginning(rows[group[0]], rows[group[0]].shared, Past()) for group in groups]
+        beginnings = [rows[group[0]].begun(rows[group[0]].shared, Past()) for group in groups]
         self.pasts.slots.admit([row for row in (*rows, *beginnings) if row.past is not None])
         known = {
             at: self.pasts.slots.known(row) for at, row in enumerate(rows) if row.past is not None and at not in entire
@@ -327,10 +327,3 @@ class EagerBackend:
                     yield Logits(task, some, values[:, 0], counts)
                 else:
                     yield Logits(task, some, values, None)
-
-
-def _beginning(row: Row, length: int, past: Past | None) -> Row:
-    """The first tokens of a row, as a row with a past of its own."""
-    return replace(
-        make_row(row.ids[:length], row.type_ids[:length], row.offsets[:length], row.special[:length]), past=past
-    )

@@ -117,7 +117,7 @@ def inspect(
         by_profile = inspection.verify_profiles(checkpoint)
         failed = not all(report.reproduced for reports in by_profile.values() for report in reports)
         found = {name: shown.golden(reports) for name, reports in by_profile.items()}
-        facts |= {"golden": found["fp32"], "golden_by_profile": found}
+        facts |= {"golden": next(iter(found.values())), "golden_by_profile": found}
     if against is not None:
         facts["against"] = inspection.compare(checkpoint, Checkpoint.open(resolve(against)))
     if as_json:

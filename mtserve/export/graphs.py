@@ -262,6 +262,9 @@ def _name_axes(model: onnx.ModelProto, axes: dict[str, dict[int, str]]) -> None:
             if dim.dim_param:
                 dim.dim_param = renamed.get(dim.dim_param, dim.dim_param)
     del model.graph.value_info[:]  # they speak of the old names
+    for part in (model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output):
+        del part.metadata_props[:]  # where in whose files the exporter found what it exports
+        part.doc_string = ""
 
 
 def _exportable(trunk: PreTrainedModel, attention: str) -> PreTrainedModel:

@@ -1,18 +1,18 @@
-"""Multiple choice: a question with any number of choices, one trunk row a choice."""
+"""Multiple choice: a question with any number of choices, each read with the question, apart from it, or both."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from typing_extensions import TypedDict
 
 from mtserve.errors import InputError, Problem
-from mtserve.rows import Row
+from mtserve.rows import Floats, Row
 from mtserve.tasks.base import (
     PLAIN,
     POOLING,
@@ -37,9 +37,25 @@ if TYPE_CHECKING:
     from mtserve.tasks.calibration import Calibration
 
 
+_SCALE = 20.0
+"""A cosine times this is a logit (Reimers and Gurevych's library has the same for its ranking loss)."""
+
+
 class MultipleChoiceOptions(Options):
+    method: Literal["joint", "cosine", "both"] = Field(
+        default="joint",
+        description="One output on the question with each choice, twenty times the cosine of the two encoded "
+        "apart, or the mean of both.",
+    )
     pooling: PairPooling | None = POOLING
     temperature: float = TEMPERATURE
+
+    @model_validator(mode="after")
+    def _pooling_fits(self) -> MultipleChoiceOptions:
+        allowed = {"joint": None, "cosine": (None,), "both": (None, "pair")}[self.method]
+        if allowed is not None and self.pooling not in allowed:
+            raise ValueError(f"pooling {self.pooling} is not possible for {self.method}")
+        return self
 
 
 class MultipleChoiceParameters(Parameters):
@@ -81,16 +97,28 @@ class MultipleChoice(
     takes_text = False
 
     def rows(self, example: MultipleChoiceExample, options: MultipleChoiceOptions, text: Text) -> list[Row]:
-        """One row a choice (windows of it, where the question is long and the options say so); the question is cut."""
-        rows = [
-            row
-            for part, choice in enumerate(example.choices)
-            for row in text.rows(example.question, choice, limits=options.limits, cut_first=True, part=part)
-        ]
-        shared = _shared(rows)
-        return [replace(row, shared=shared) for row in rows]
+        """One row a choice (windows of it, where the question is long and the options say so); the question is cut. By
+        cosine, behind them if there are any, the question and each choice alone."""
+        limits, rows = options.limits, list[Row]()
+        if options.method != "cosine":
+            rows = [
+                row
+                for part, choice in enumerate(example.choices)
+                for row in text.rows(example.question, choice, limits=limits, cut_first=True, part=part)
+            ]
+            shared = _shared(rows)
+            rows = [replace(row, shared=shared) for row in rows]
+        if options.method != "joint":
+            before = len(example.choices) if rows else 0
+            for part, one in enumerate((example.question, *example.choices), before):
+                rows += text.rows(one, limits=limits, part=part)
+        return rows
 
     def head(self, options: MultipleChoiceOptions) -> HeadSpec:
+        if options.method == "cosine":
+            return HeadSpec(architecture="pooling", pooling="mean")
+        if options.method == "both":
+            return HeadSpec(architecture="pair", labels=("score",), pooling="mean")
         return HeadSpec.of_rows("multiple_choice", options.pooling, labels=("score",))
 
     def target(self, example: LabelledMultipleChoice, rows: Sequence[Row], options: MultipleChoiceOptions) -> Any:
@@ -107,24 +135,29 @@ class MultipleChoice(
         options: MultipleChoiceOptions,
         terms: LossTerms = PLAIN,
     ) -> Tensor:
-        """Cross entropy over the choices of an example, smoothed over those alone; mean over examples."""
+        """Cross entropy over the choices of an example, smoothed over those alone; mean over examples. With both
+        methods the mean of what each alone costs."""
         import torch
         from torch.nn import functional
 
-        scores = [part[:, 0] for part in merge_tensor(rows, logits)]  # (choices,) each
-        wanted = torch.as_tensor(targets, device=logits.device)
-        if terms.label_smoothing:  # padding would take its share of the smoothing, and cost infinitely much
-            pairs = zip(scores, wanted, strict=True)
-            each = [functional.cross_entropy(s, w, label_smoothing=terms.label_smoothing) for s, w in pairs]
-            return torch.stack(each).mean()
-        padded = torch.nn.utils.rnn.pad_sequence(scores, batch_first=True, padding_value=float("-inf"))
-        return functional.cross_entropy(padded, wanted)
+        found, ways = merge_tensor(rows, logits), []
+        if options.method != "cosine":
+            ways.append([part[: _choices(part, options), 0] for part in found])
+        if options.method != "joint":
+            apart = (_apart(part, options) for part in found)
+            ways.append([_SCALE * functional.cosine_similarity(one, other, dim=-1) for one, other in apart])
+        return torch.stack([_cost(scores, targets, terms) for scores in ways]).mean()
 
     def decode(self, work: Work, options: MultipleChoiceOptions, text: Text) -> list[ChoiceScore]:
         example, parameters = work.example, work.parameters
         assert isinstance(example, MultipleChoiceExample)
         assert isinstance(parameters, MultipleChoiceParameters)
-        scores = softmax(merge(work.prompt, work.logits)[:, 0] / np.float32(options.temperature))  # (choices,)
+        parts, ways = merge(work.prompt, work.logits), list[Floats]()
+        if options.method != "cosine":
+            ways.append(parts[: _choices(parts, options), 0])
+        if options.method != "joint":
+            ways.append(_SCALE * _cosines(*_apart(parts, options)))
+        scores = softmax(np.mean(ways, 0) / np.float32(options.temperature))  # (choices,)
         order = np.argsort(-scores, kind="stable")[: parameters.top_k]
         return [ChoiceScore(index=int(i), choice=example.choices[i], score=float(scores[i])) for i in order]
 
@@ -175,3 +208,33 @@ def _shared(rows: Sequence[Row]) -> int:
     seen = np.stack([np.stack([row.ids[:most], row.type_ids[:most]]) for row in rows])  # (rows, 2, most)
     differs = (seen != seen[0]).any((0, 1))
     return int(differs.argmax()) if differs.any() else most
+
+
+def _choices(parts: Any, options: MultipleChoiceOptions) -> int:
+    """How many choices an example's parts speak of: with both methods one together, one apart, and the question."""
+    return len(parts) // 2 if options.method == "both" else len(parts)
+
+
+def _apart(parts: Any, options: MultipleChoiceOptions) -> tuple[Any, Any]:
+    """(1, hidden) and (choices, hidden): the embeddings of question and choices, out of (parts, n_out)."""
+    alone = parts[_choices(parts, options) :, 1:] if options.method == "both" else parts
+    return alone[:1], alone[1:]
+
+
+def _cosines(one: Floats, others: Floats) -> Floats:
+    norms = np.linalg.norm(one, axis=1) * np.linalg.norm(others, axis=1)
+    return np.asarray((others @ one[0]) / np.maximum(norms, 1e-8), np.float32)
+
+
+def _cost(scores: Sequence[Tensor], targets: Sequence[Any], terms: LossTerms) -> Tensor:
+    """Mean cross entropy, of (choices,) scores an example."""
+    import torch
+    from torch.nn import functional
+
+    wanted = torch.as_tensor(targets, device=scores[0].device)
+    if terms.label_smoothing:  # padding would take its share of the smoothing, and cost infinitely much
+        pairs = zip(scores, wanted, strict=True)
+        each = [functional.cross_entropy(s, w, label_smoothing=terms.label_smoothing) for s, w in pairs]
+        return torch.stack(each).mean()
+    padded = torch.nn.utils.rnn.pad_sequence([*scores], batch_first=True, padding_value=float("-inf"))
+    return functional.cross_entropy(padded, wanted)

@@ -20,6 +20,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **{name: {} for name in get_args(Strategy)},
     "weights": {"weights": {"a": 0.5, "b.c": 3, "d": 100}},
     "temperature": {"temperature": 2, "cap": 20},
+    "staged": {"stages": [{"a": 1, "b.c": 2, "d": 1}, {"a": 2, "b.c": 1, "d": 5}]},
 }
 
 
@@ -37,6 +38,8 @@ def schedule(
     raw = {"strategy": strategy, "group_by_length": lengths is not None, **CONFIGS[strategy]}
     if strategy == "weights":
         raw["weights"] = {task: raw["weights"][task] for task in sizes}
+    if strategy == "staged":
+        raw["stages"] = [{task: stage[task] for task in sizes} for stage in raw["stages"]]
     if isinstance(batch_sizes, int):
         batch_sizes = dict.fromkeys(sizes, batch_sizes)
     config = MixtureConfig.model_validate(raw)
@@ -159,6 +162,18 @@ def test_annealing_goes_from_proportional_to_nearly_uniform() -> None:
     assert schedule({"a": 900, "d": 100}, 1, "annealed", epochs=1).counts(0) == {"a": 900, "d": 100}
 
 
+def test_a_task_may_begin_late() -> None:
+    config = MixtureConfig(strategy="staged", stages=[{"a": 1, "d": 0}, {"a": 1, "d": 0}, {"a": 3, "d": 1}])
+    mixture = Schedule({"a": 60, "d": 20}, {"a": 1, "d": 1}, config, seed=0, epochs=3)
+    assert [mixture.counts(at) for at in range(4)] == [*[{"a": 80, "d": 0}] * 2, *[{"a": 60, "d": 20}] * 2]
+    seen = [[index for task, (index,) in mixture.epoch(at) if task == "d"] for at in range(3)]
+    assert seen[:2] == [[], []]
+    assert sorted(seen[2]) == [*range(20)]
+    halves = Schedule({"a": 60, "d": 20}, {"a": 1, "d": 1}, config, seed=0, epochs=6)
+    assert [halves.counts(at)["d"] for at in range(6)] == [0, 0, 0, 0, 20, 20]
+    assert len(Schedule({"a": 60, "d": 20}, {"a": 1, "d": 1}, config, seed=0, epochs=1).epoch(0)) == 80
+
+
 @given(shares=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6), extra=st.integers(0, 200))
 def test_apportionment_is_exact(shares: list[float], extra: int) -> None:
     named = {str(at): share for at, share in enumerate(shares)}
@@ -189,6 +204,9 @@ def test_apportionment_by_hand() -> None:
         ({"strategy": "uniform", "temperature": 2}, "temperature is for strategy 'temperature'"),
         ({"strategy": "annealed", "cap": 2}, "cap is for strategy 'temperature'; the strategy is 'annealed'"),
         ({"strategy": "weights", "weights": {"a": 0}}, "greater than 0"),
+        ({"strategy": "staged"}, "strategy 'staged' needs stages"),
+        ({"strategy": "staged", "stages": [{"a": 1}, {"a": 0}]}, "stages: number 1 has no task with a weight above 0"),
+        ({"strategy": "staged", "stages": [{"a": 1, "b": 0}]}, "stages: task b has no weight above 0 in any"),
         ({"strategy": "temperature", "temperature": 0.5}, "greater than or equal to 1"),
         ({"temprature": 2}, "unknown key 'temprature'; allowed: strategy, weights, temperature, cap"),
     ],
@@ -211,6 +229,9 @@ def test_schedules_that_cannot_be() -> None:
         Schedule({"a": 1, "b": 1}, {"a": 1, "b": 1}, config, seed=0, epochs=1)
     with pytest.raises(ConfigError, match=r"mixture\.weights lacks b, c; the tasks are a, x, b, c"):
         config.check(["a", "x", "b", "c"])
+    staged = MixtureConfig(strategy="staged", stages=[{"a": 1, "b": 1}, {"a": 1}])
+    with pytest.raises(ConfigError, match=r"mixture\.stages\.1 lacks b; the tasks are a, b"):
+        staged.check(["a", "b"])
     with pytest.raises(ConfigError, match="tasks with examples; b has none"):
         schedule({"a": 1, "b": 0}, 1, "uniform")
     with pytest.raises(ConfigError, match="tasks with batch size; b has none"):

@@ -8,6 +8,8 @@
     temperature   in proportion to (min(size, cap) / batch size) ** (1 / temperature): Raffel et al. 2020 (1910.10683)
     annealed      in proportion to (size / batch size) ** alpha, alpha falling from 1 in the first epoch to 0.2 in the
                   last: Stickland and Murray 2019 (1902.02671)
+    staged        in proportion to each epoch's own weights, where 0 leaves a task out: a task may begin late, when the
+                  others have taught the trunk and the rate is low, or end early
 
 Dividing by the batch size changes nothing where all are equal; else it keeps temperature 1 proportional in examples.
 
@@ -15,7 +17,7 @@ Invariants of every strategy (tests/training/test_mixture.py holds them):
 
 - a batch has examples of one task, and never more than the task's batch size;
 - all epochs have equally many batches: those of one pass over every task;
-- shares become whole batches by largest remainder, not by chance, and no task gets none;
+- shares become whole batches by largest remainder, not by chance, and no task gets none but one of weight 0;
 - a task's batches, laid end to end over the epochs, are passes: all examples once in random order, and only then again.
   A pass has one short batch where the size is no multiple of the batch size; no batch reaches into the next pass. The
   first two strategies make one pass an epoch, the others go on where the last epoch ended;
@@ -40,10 +42,12 @@ from training.section import Section
 
 _STRETCH = 50  # batches that are sorted together, as Transformers' own length grouping does
 
+_FIELDS = (("weights", "weights"), ("temperature", "temperature"), ("cap", "temperature"), ("stages", "staged"))
+"""A field, and the strategy that it is for."""
 TaskBatch = tuple[str, list[int]]
 """A task and the numbers of its examples."""
 
-Strategy = Literal["proportional", "round_robin", "uniform", "weights", "temperature", "annealed"]
+Strategy = Literal["proportional", "round_robin", "uniform", "weights", "temperature", "annealed", "staged"]
 
 
 class MixtureConfig(Section):
@@ -57,6 +61,11 @@ class MixtureConfig(Section):
         default=None, ge=1, allow_inf_nan=False, description="For `temperature`: 1 is proportional, large is uniform."
     )
     cap: int | None = Field(default=None, ge=1, description="For `temperature`: most examples that count as size.")
+    stages: list[dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]] | None = Field(
+        default=None,
+        min_length=1,
+        description="For `staged`: weights of the tasks, one entry an epoch, or for equally many epochs each.",
+    )
     group_by_length: bool = Field(
         default=False, description="Make batches of examples of similar lengths, so that little of them is padding."
     )
@@ -68,31 +77,37 @@ class MixtureConfig(Section):
 
     @model_validator(mode="after")
     def _fields_fit(self) -> MixtureConfig:
-        for name, strategy in (("weights", "weights"), ("temperature", "temperature"), ("cap", "temperature")):
+        for name, strategy in _FIELDS:
             given = getattr(self, name) is not None
             if given and self.strategy != strategy:
                 raise ValueError(f"{name} is for strategy {strategy!r}; the strategy is {self.strategy!r}")
-            if not given and self.strategy == name:
-                raise ValueError(f"strategy {name!r} needs {name}")
+            if not given and self.strategy == strategy and name != "cap":
+                raise ValueError(f"strategy {strategy!r} needs {name}")
+        if self.stages is not None:
+            if empty := [at for at, stage in enumerate(self.stages) if not any(stage.values())]:
+                raise ValueError(f"stages: number {empty[0]} has no task with a weight above 0")
+            if lost := [task for task in self.stages[0] if not any(stage.get(task) for stage in self.stages)]:
+                raise ValueError(f"stages: task {lost[0]} has no weight above 0 in any")
         return self
 
     def check(self, tasks: Collection[str]) -> None:
-        """Raise ConfigError where `weights` does not name exactly these tasks."""
-        if self.weights is None:
-            return
-        for wrong, found in (
-            ("names unknown", [task for task in self.weights if task not in tasks]),
-            ("lacks", [task for task in tasks if task not in self.weights]),
-        ):
-            if found:
-                raise ConfigError(f"mixture.weights {wrong} {', '.join(found)}; the tasks are {', '.join(tasks)}")
+        """Raise ConfigError where `weights`, or one of `stages`, does not name exactly these tasks."""
+        named = {"weights": self.weights} if self.weights is not None else {}
+        named |= {f"stages.{at}": stage for at, stage in enumerate(self.stages or ())}
+        for where, weights in named.items():
+            for wrong, found in (
+                ("names unknown", [task for task in weights if task not in tasks]),
+                ("lacks", [task for task in tasks if task not in weights]),
+            ):
+                if found:
+                    raise ConfigError(f"mixture.{where} {wrong} {', '.join(found)}; the tasks are {', '.join(tasks)}")
 
 
 class Schedule:
     """All epochs of a run: `sizes` and `batch_sizes` count examples a task, and batches are global, of all ranks.
 
-    `epochs` is the run's length, which `annealed` needs; later epochs have the shares of the last. `lengths` are
-    tokens of each example of a task, which `group_by_length` needs.
+    `epochs` is the run's length, which `annealed` and `staged` need; later epochs have the shares of the last.
+    `lengths` are tokens of each example of a task, which `group_by_length` needs.
     Raises ConfigError for a task without examples or without a batch size, and for weights of other tasks.
     """
 
@@ -115,7 +130,7 @@ class Schedule:
         self.config, self.seed, self.epochs = config, seed, epochs
         self._lengths = lengths if config.group_by_length else None
         self._pass = {task: math.ceil(size / batch_sizes[task]) for task, size in sizes.items()}
-        varied = max(1, math.ceil(epochs)) if config.strategy == "annealed" else 1
+        varied = max(1, math.ceil(epochs)) if config.strategy in ("annealed", "staged") else 1
         self._counts = [self._shared_out(number, varied) for number in range(varied)]
         self._starts = {task: list(accumulate((c[task] for c in self._counts), initial=0)) for task in sizes}
 
@@ -193,7 +208,11 @@ class Schedule:
             case "annealed":
                 alpha = 1 - 0.8 * number / max(1, epochs - 1)
                 shares = {task: (size / self.batch_sizes[task]) ** alpha for task, size in sizes.items()}
-        return apportioned(len(self), shares)
+            case "staged":
+                stages = config.stages or []
+                stage = stages[number * len(stages) // epochs]
+                shares = {task: stage[task] for task in sizes if stage[task]}
+        return dict.fromkeys(sizes, 0) | apportioned(len(self), shares)
 
 
 def _cut(indexes: list[int], step: int) -> list[list[int]]:

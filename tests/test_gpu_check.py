@@ -29,7 +29,8 @@ def test_every_path_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [*found["seconds"]] == [*gpu_check.SECTIONS]
     lines = found["lines"]
     assert {line["section"] for line in lines} == {
-        *("matrix rate", "agreement", "latency", "speed", "memory", "decoding", "training", "tests")
+        *("matrix rate", "agreement", "latency", "speed", "memory", "decoding", "training", "tests"),
+        *("onnx", "onnx agreement"),
     }
     assert not any(line["outcome"] == FAILED for line in lines)
     assert {line["precision"] for line in lines if line["section"] == "matrix rate"} == {"bf16", "fp16", "fp32", "tf32"}

@@ -8,6 +8,7 @@ memory        most that was allocated on the device meanwhile, weights included
 latency       short requests, from rows to logits, with and without CUDA graphs
 agreement     largest difference from a CPU in fp32; FAILED where it is more than the precision explains
 way           what the backend found that it can do here
+onnx          the same encoder as a bundle, on CUDA's provider of ONNX Runtime, where that is installed
 decoding      a Llama-like trunk: tokens a second of several sequences at once
 training      one tiny run in fp16, bf16 and TF32
 tests         those that need a GPU
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_check import encoder, others
+from benchmarks.gpu_check import bundles, encoder, others
 from benchmarks.gpu_check.encoder import Encoder
 from benchmarks.gpu_check.lines import FAILED, TINY, Line, Sizes, failed
 from benchmarks.measuring import machine, say, show
@@ -37,6 +38,7 @@ SECTIONS: dict[str, Callable[[Encoder], Iterator[Line]]] = {
     "agreement": encoder.agreement,
     "latency": encoder.latency,
     "speed": encoder.speed,
+    "onnx": bundles.bundles,
     "decoding": others.decoding,
     "training": others.training,
     "tests": others.tests,

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,26 +21,22 @@ from typing import Any
 import torch
 
 from mtserve.backends.eager import EagerBackend
-from mtserve.backends.pasts import reach
 from mtserve.backends.runtime import Runtime
-from mtserve.bundle import GRAPHS, WEIGHTS, Dtype, Exported, HeadGraph, TrunkGraph
+from mtserve.bundle import GRAPHS, WEIGHTS, Dtype, Exported
 from mtserve.checkpoint import Checkpoint, sha256_file
 from mtserve.comparison import Answered, Cases, changed, difference
 from mtserve.engine import Engine
 from mtserve.errors import ExportError
-from mtserve.export import graphs, quantizing
-from mtserve.export.storing import Stored
+from mtserve.export import quantizing
+from mtserve.export.made import Made
 from mtserve.folder import Writer, sync
 from mtserve.golden import check_golden
 from mtserve.loading import load_checkpoint
 from mtserve.manifest import FORMAT, MANIFEST, Change, Profile, checked_manifest
-from mtserve.model import Model
 from mtserve.sealing import commit
-from mtserve.trunk import is_causal
 from mtserve.tuning import MAX_FLIPS, Verdict, judge
 
 _ROUNDS = 15
-_PACKAGES = ("onnx", "onnxruntime", "onnxscript", "optimum", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -101,14 +96,17 @@ def export(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-exporting-") as aside:
         say(f"exporting {', '.join(names)}")
-        made = _Made.of(base, names, fuse=fuse or dtype == "fp16")
+        backend = base.backend
+        assert isinstance(backend, EagerBackend)
+        made = Made.of(backend.model, names, fuse=fuse or dtype == "fp16", keeps=backend.keeps)
+        mark = sha256_file(checkpoint.folder / MANIFEST)
         plain = Path(aside) / "fp32"
-        entry = made.write(plain, checkpoint, "fp32")
+        entry = made.write(plain, "fp32", checkpoint=mark)
         reference = _opened(plain, entry, checkpoint, base)
         tried: list[Tried] = []
         for variant in quantizing.VARIANTS[dtype]:
             home = Path(aside) / f"made-{len(tried)}"
-            entry = made.write(home, checkpoint, dtype, variant)
+            entry = made.write(home, dtype, variant, checkpoint=mark)
             engine = _opened(home, entry, checkpoint, base)
             say(f"{variant or dtype}: answering the calibration rows of {len(names)} tasks")
             verdict = _judged(engine, wanted, checkpoint, entry, max_flips)
@@ -122,81 +120,6 @@ def export(
                 sync(folder.parent)
                 return Report(dtype, tried, Checkpoint.open(folder))
     return Report(dtype, tried, None)
-
-
-@dataclass
-class _Made:
-    """The graphs of a checkpoint's trunk and heads, in fp32."""
-
-    trunk: graphs.Graph
-    fused: Mapping[str, int]
-    heads: Mapping[str, tuple[graphs.Graph, HeadGraph]]
-    cache: Any
-    model: Model
-
-    @classmethod
-    def of(cls, engine: Engine, names: Sequence[str], *, fuse: bool) -> _Made:
-        backend = engine.backend
-        assert isinstance(backend, EagerBackend)
-        model = backend.model
-        config = model.trunk.config
-        pooled = any(model.head(name).reads == "pooled" for name in names)
-        cache = graphs.cache_shape(config) if is_causal(model.trunk) and backend.keeps else None
-        fused: Mapping[str, int] = {}
-        if fuse and cache is None:
-            from mtserve.export import fusing
-
-            trunk, fused = fusing.fused(graphs.fusible_trunk_graph(model.trunk, pooled=pooled), config)
-        else:
-            trunk = graphs.trunk_graph(model.trunk, pooled=pooled, cache=cache)
-        heads = {}
-        for name in names:
-            head = model.head(name)
-            graph, takes = graphs.head_graph(head, hidden=int(config.hidden_size), task=name)
-            heads[name] = (
-                graph,
-                HeadGraph(
-                    path=f"heads/{name}.onnx",
-                    takes=takes,
-                    per_token=head.per_token,
-                    reads=head.reads,
-                    inputs=graph.inputs,
-                ),
-            )
-        return cls(trunk, fused, heads, cache, model)
-
-    def write(self, folder: Path, checkpoint: Checkpoint, dtype: Dtype, variant: str = "") -> Exported:
-        """Graphs and weights into a fresh folder, in a precision."""
-        (folder / "heads").mkdir(parents=True)
-        trunk = quantizing.made(self.trunk.model, dtype, variant)
-        stored = Stored()
-        stored.take_trunk(trunk)
-        models = {GRAPHS: trunk}
-        for name, (graph, entry) in self.heads.items():
-            head = quantizing.head_made(graph.model, dtype)
-            stored.take_head(head, name)
-            models[entry.path] = head
-        stored.write(folder)
-        for path, model in models.items():
-            (folder / path).write_bytes(model.SerializeToString())
-        longest = reach(self.model.trunk.config)
-        return Exported(
-            dtype=dtype,
-            variant=variant,
-            opset=max(one.version for one in trunk.opset_import if one.domain in ("", "ai.onnx")),
-            vocab_size=int(self.model.trunk.config.vocab_size),
-            trunk=TrunkGraph(
-                inputs=self.trunk.inputs,
-                outputs=self.trunk.outputs,
-                exporter=self.trunk.exporter,
-                fused=dict(self.fused),
-                cache=self.cache,
-                reach=None if longest == float("inf") else int(longest),
-            ),
-            heads={name: entry for name, (_, entry) in self.heads.items()},
-            checkpoint=sha256_file(checkpoint.folder / MANIFEST),
-            versions={name: version(name) for name in _PACKAGES},
-        )
 
 
 def _chosen(checkpoint: Checkpoint, only: Sequence[str]) -> list[str]:

@@ -24,6 +24,8 @@ from mtserve.tasks.base import IGNORED, PLAIN, AnyKind, Kind, LossTerms, Options
 from training.data.examples import Feature
 from training.trainer.on_cpu import OnCpu
 
+_WORTH, _FEWEST = 0.15, 256
+"""What a pass of its own must save of the tokens that some rows have together, and at least, in tokens."""
 _WIDE = frozenset({"causal_lm", "masked_lm"})
 """Heads whose logits are as wide as the vocabulary, and which look at each position alone."""
 
@@ -60,10 +62,25 @@ class Learner(nn.Module):
             if task.kind.head(task.options).architecture in _WIDE:
                 logits, targets = self._counted(task_name, input_ids, attention_mask, token_type_ids, targets)
             else:
-                pairs = isinstance(self.model.head(task_name), PairHead)
-                of = texts(list(chain.from_iterable(rows))).to(input_ids.device) if pairs else None
-                logits = self.model(task_name, input_ids, attention_mask, token_type_ids, of)
+                flat = list(chain.from_iterable(rows))
+                logits = self._logits(task_name, (input_ids, attention_mask, token_type_ids), flat)
         return {"loss": task.kind.loss(logits.float(), rows, targets, task.options, task.terms)}
+
+    def _logits(self, task_name: str, tensors: tuple[Tensor, ...], rows: Sequence[Row]) -> Tensor:
+        """As the model gives them. On a CPU rows that differ much in length pass the trunk in groups, padded to the
+        longest of each."""
+        head = self.model.head(task_name)
+        pairs, on = isinstance(head, PairHead), tensors[0].device
+        if head.per_token or on.type != "cpu":
+            return self.model(task_name, *tensors, texts(rows).to(on) if pairs else None)  # type: ignore[no-any-return]
+        lengths = [len(row) for row in rows]
+        order, found = list[int](), list[Tensor]()
+        for group in alike(lengths):
+            at, seq = torch.tensor(group), max(lengths[i] for i in group)
+            some = texts([rows[i] for i in group]) if pairs else None
+            found.append(self.model(task_name, *(tensor[at, :seq] for tensor in tensors), some))
+            order += group
+        return torch.cat(found)[torch.tensor(order).argsort()]
 
     def _counted(
         self, task_name: str, ids: Tensor, mask: Tensor, type_ids: Tensor, targets: Sequence[Any]
@@ -90,6 +107,21 @@ class Learner(nn.Module):
         self.model.trunk.activation_checkpointing_enable(
             activation_checkpointing_kwargs=activation_checkpointing_kwargs, **placement
         )
+
+
+def alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Indexes of rows in groups of similar lengths, the longest first. A group is cut in two where that saves more than
+    `_WORTH` of the tokens that it has, padding included."""
+    return _cut(sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)), lengths)
+
+
+def _cut(rows: list[int], lengths: Sequence[int]) -> list[list[int]]:
+    longest, count = lengths[rows[0]], len(rows)
+    saved = [(count - at) * (longest - lengths[row]) for at, row in enumerate(rows)]  # if a group begins here
+    at = max(range(count), key=lambda at: saved[at])
+    if saved[at] <= max(_FEWEST, _WORTH * longest * count):
+        return [rows]
+    return _cut(rows[:at], lengths) + _cut(rows[at:], lengths)
 
 
 class Features(Protocol):

@@ -28,7 +28,7 @@ class Runtime:
     threads      of one operator; None leaves it to ONNX Runtime
     arena        keep freed memory for the next pass
     memory_mib   most that a session takes of a GPU's memory; None: no limit
-    cuda_graph   record passes of the trunk, for shapes that come again
+    cuda_graph   record passes of a trunk without a cache, for shapes that come again; needs io-binding
     io_binding   states stay on the GPU between trunk and heads
     """
 
@@ -56,13 +56,13 @@ class Runtime:
         found = list(wanted or ["cuda" if "cuda" in there else "cpu"])
         return (*found, *(["cpu"] if "cpu" not in found else []))
 
-    def options(self, name: str) -> dict[str, Any]:
-        """Of a provider."""
+    def options(self, name: str, *, record: bool = False) -> dict[str, Any]:
+        """Of a provider; `record` for a graph whose passes are to be recorded."""
         if name not in ON_GPU:
             return {}
         found: dict[str, Any] = {"device_id": self.device_id}
         if name == "cuda":
-            found |= {"enable_cuda_graph": "1"} if self.cuda_graph else {}
+            found |= {"enable_cuda_graph": "1"} if record else {}
             found |= {"gpu_mem_limit": self.memory_mib * _MIB} if self.memory_mib else {}
             found |= {} if self.arena else {"arena_extend_strategy": "kSameAsRequested"}
         return found

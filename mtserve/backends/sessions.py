@@ -13,6 +13,7 @@ from typing import Any
 
 import onnxruntime as ort
 
+from mtserve.backends.bound import Bound
 from mtserve.backends.runtime import ON_GPU, PROVIDERS, Runtime
 from mtserve.bundle import GRAPHS, OPSETS, Exported
 from mtserve.errors import CheckpointError, ConfigError
@@ -35,8 +36,15 @@ class Graphs:
             raise CheckpointError(f"the bundle {folder} is of {found}")
         if self.on_gpu and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
-        self.trunk = self._open(folder, GRAPHS)
+        # keys and values have other shapes at each step, so there is nothing to record
+        record = runtime.cuda_graph and self.providers[0] == "cuda" and runtime.io_binding and not exported.trunk.cache
+        self.trunk = self._open(folder, GRAPHS, record=record)
         self.heads = {task: self._open(folder, head.path) for task, head in exported.heads.items()}
+        bind = self.on_gpu and runtime.io_binding
+        self._bound_trunk = Bound(self.trunk, "cuda", runtime.device_id, record=record) if bind else None
+        self._bound_heads = {
+            task: Bound(session, "cuda", runtime.device_id) for task, session in self.heads.items() if bind
+        }
         _check_inputs(self.trunk, exported.trunk.inputs, folder / GRAPHS)
         for task, head in exported.heads.items():
             _check_inputs(self.heads[task], head.inputs, folder / head.path)
@@ -50,34 +58,19 @@ class Graphs:
         return "cuda" if self.on_gpu else "cpu"
 
     def states(self, outputs: Sequence[str], feeds: Feeds, *, kept: Sequence[str] = ()) -> dict[str, Any]:
-        """The trunk's outputs by name: arrays, or on a GPU with io-binding values there, but those `kept` by us."""
-        if not (self.on_gpu and self.runtime.io_binding):
-            return dict(zip(outputs, self.trunk.run([*outputs], dict(feeds)), strict=True))
-        binding = self.trunk.io_binding()
-        for name, array in feeds.items():
-            binding.bind_cpu_input(name, array)
-        for name in outputs:
-            binding.bind_output(name, "cpu" if name in kept else "cuda", self.runtime.device_id)
-        self.trunk.run_with_iobinding(binding)
-        found = dict(zip(outputs, binding.get_outputs(), strict=True))
-        return {name: value.numpy() if name in kept else value for name, value in found.items()}
+        """The trunk's outputs by name: arrays, or on a GPU with io-binding values there, but those `kept` by us. They
+        hold until the next call."""
+        if self._bound_trunk is not None:
+            return self._bound_trunk.run(outputs, feeds, kept=kept)
+        return dict(zip(outputs, self.trunk.run([*outputs], dict(feeds)), strict=True))
 
     def logits(self, task: str, feeds: Feeds) -> Any:
         """A head's output as an array; states go in as the trunk gave them."""
-        session = self.heads[task]
-        if not (self.on_gpu and self.runtime.io_binding):
-            return session.run(["logits"], dict(feeds))[0]
-        binding = session.io_binding()
-        for name, value in feeds.items():
-            if isinstance(value, ort.OrtValue):
-                binding.bind_ortvalue_input(name, value)
-            else:
-                binding.bind_cpu_input(name, value)
-        binding.bind_output("logits", "cpu")
-        session.run_with_iobinding(binding)
-        return binding.copy_outputs_to_cpu()[0]
+        if task in self._bound_heads:
+            return self._bound_heads[task].run(["logits"], feeds, kept=["logits"])["logits"]
+        return self.heads[task].run(["logits"], dict(feeds))[0]
 
-    def _open(self, folder: Path, path: str) -> ort.InferenceSession:
+    def _open(self, folder: Path, path: str, *, record: bool = False) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.enable_cpu_mem_arena = self.runtime.arena
@@ -85,7 +78,7 @@ class Graphs:
             options.intra_op_num_threads = self.runtime.threads
         # a graph in a folder of its own may name a file beside that folder only if it comes as bytes
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        asked = [(PROVIDERS[name], self.runtime.options(name)) for name in self.providers]
+        asked = [(PROVIDERS[name], self.runtime.options(name, record=record)) for name in self.providers]
         try:
             session = ort.InferenceSession((folder / path).read_bytes(), options, providers=asked)
         except OSError as error:

@@ -3,7 +3,7 @@
 fp16   what computes in half precision, with inputs and outputs as they were; for GPUs
 int8   matrices of linears in 8-bit integers, one scale for so many neighbouring inputs of an output, multiplied with
        activations that ONNX Runtime rounds to 8 bits in the same blocks, row by row (`MatMulNBits`); embeddings with
-       one scale a token. ONNX Runtime's dynamic quantisation has one scale for a whole batch; here what a row gives
+       one scale for 32 numbers. ONNX Runtime's dynamic quantisation has one scale for a whole batch; what a row gives
        does not depend on what else is in its batch
 """
 
@@ -27,6 +27,7 @@ VARIANTS: Mapping[Dtype, tuple[str, ...]] = {
 }
 """Ways to make each, the fastest first; a bundle is the first that is accepted."""
 _LARGE = 2**20
+_BLOCK = 32
 _EIGHT_BITS = 4  # what MatMulNBits calls activations of 8 bits
 
 
@@ -92,7 +93,7 @@ def _as_products(model: onnx.ModelProto) -> None:
 
 
 def _embeddings_in_bytes(model: onnx.ModelProto) -> None:
-    """Large tables that are looked up by row: bytes and one scale a row."""
+    """Large tables that are looked up by row: bytes, and a scale for each block of a row."""
     graph, tensors = model.graph, {one.name: one for one in model.graph.initializer}
     for node in list(graph.node):
         if node.op_type != "Gather" or node.input[0] not in tensors:
@@ -101,16 +102,22 @@ def _embeddings_in_bytes(model: onnx.ModelProto) -> None:
         if table.data_type != TensorProto.FLOAT or len(table.dims) != 2 or len(table.raw_data) < _LARGE:
             continue
         array = numpy_helper.to_array(table)
-        scales = np.maximum(np.abs(array).max(1, keepdims=True) / 127, np.finfo(np.float32).tiny).astype(np.float32)
+        size = array.shape[1] if array.shape[1] % _BLOCK else _BLOCK
+        blocks = array.reshape(len(array), -1, size)
+        scales = np.maximum(np.abs(blocks).max(2, keepdims=True) / 127, np.finfo(np.float32).tiny).astype(np.float32)
         name, out = table.name, node.output[0]
         if f"{name}_bytes" not in {one.name for one in graph.initializer}:
-            graph.initializer.append(numpy_helper.from_array(np.rint(array / scales).astype(np.int8), f"{name}_bytes"))
+            graph.initializer.append(numpy_helper.from_array(np.rint(blocks / scales).astype(np.int8), f"{name}_bytes"))
             graph.initializer.append(numpy_helper.from_array(scales, f"{name}_scales"))
+        graph.initializer.append(numpy_helper.from_array(np.array([array.shape[1]], np.int64), f"{out}_width"))
         made = [
             helper.make_node("Gather", [f"{name}_bytes", node.input[1]], [f"{out}_bytes"], axis=0),
             helper.make_node("Gather", [f"{name}_scales", node.input[1]], [f"{out}_scales"], axis=0),
             helper.make_node("Cast", [f"{out}_bytes"], [f"{out}_cast"], to=TensorProto.FLOAT),
-            helper.make_node("Mul", [f"{out}_cast", f"{out}_scales"], [out]),
+            helper.make_node("Mul", [f"{out}_cast", f"{out}_scales"], [f"{out}_blocks"]),
+            helper.make_node("Shape", [node.input[1]], [f"{out}_of"]),
+            helper.make_node("Concat", [f"{out}_of", f"{out}_width"], [f"{out}_shape"], axis=0),
+            helper.make_node("Reshape", [f"{out}_blocks", f"{out}_shape"], [out]),
         ]
         _replace(graph, node, made)
     _drop_unused(graph)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,11 +21,14 @@ from typer.testing import CliRunner
 
 from benchmarks import onnx_latency
 from mtserve import inspection
+from mtserve.backends import bound
+from mtserve.backends.bound import Bound
 from mtserve.backends.runtime import Runtime
 from mtserve.batching import Batch
 from mtserve.checkpoint import Checkpoint
 from mtserve.cli import app
 from mtserve.errors import CheckpointError, ConfigError, ExportError, MtserveError
+from mtserve.export import quantizing
 from mtserve.export.bundling import export
 from mtserve.interop.split import split_head
 from mtserve.loading import in_force, load, load_checkpoint
@@ -221,6 +225,32 @@ def test_eight_bits_once_accepted(tmp_path: Path) -> None:
         assert 0 < np.abs(found - exact).max() < 0.2
 
 
+@pytest.mark.parametrize("size", [32, 48])
+def test_large_embeddings_in_bytes(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Tables by row, looked up by any shape of ids, in blocks of 32 numbers or (48 is no multiple) a row at a time."""
+    monkeypatch.setattr(quantizing, "_LARGE", 1024)
+    random = np.random.default_rng(0)
+    table = random.normal(size=(161, size)).astype(np.float32)
+    ids = random.integers(161, size=(2, 3))
+    nodes = [onnx.helper.make_node("Gather", ["table", name], [f"of_{name}"]) for name in ("flat", "deep")]
+    shapes = {"flat": ["n"], "deep": ["r", "n"]}
+    graph = onnx.helper.make_graph(
+        nodes,
+        "lookup",
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, shape) for name, shape in shapes.items()],
+        [onnx.helper.make_tensor_value_info(f"of_{n}", onnx.TensorProto.FLOAT, [*s, size]) for n, s in shapes.items()],
+        [onnx.numpy_helper.from_array(table, "table")],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    made = quantizing.made(model, "int8", "blocks-32")
+    assert made.ByteSize() < 0.4 * model.ByteSize()
+    session = ort.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    flat, deep = session.run(None, {"flat": ids[0], "deep": ids})
+    most = np.abs(table).max() / 254 * 1.01
+    np.testing.assert_allclose(flat, table[ids[0]], atol=most)
+    np.testing.assert_allclose(deep, table[ids], atol=most)
+
+
 def test_half_precision_keeps_its_inputs_and_outputs() -> None:
     for family, tasks in (("bert", ENCODER), ("gpt2", DECODER)):
         both = pair(family, only=tasks, dtype="fp16", max_flips=1.0)
@@ -371,7 +401,7 @@ def test_a_provider_that_is_not_there(given: dict[str, Any], said: str) -> None:
 
 
 def test_what_a_gpu_is_told() -> None:
-    told = Runtime(device_id=1, memory_mib=512, cuda_graph=True, arena=False).options("cuda")
+    told = Runtime(device_id=1, memory_mib=512, arena=False).options("cuda", record=True)
     assert told == {
         **{"device_id": 1, "enable_cuda_graph": "1", "gpu_mem_limit": 512 * 2**20},
         **{"arena_extend_strategy": "kSameAsRequested"},
@@ -379,12 +409,33 @@ def test_what_a_gpu_is_told() -> None:
     assert Runtime(memory_mib=512).options("cpu") == {}
 
 
+@pytest.mark.parametrize("record", [False, True])
+def test_bound_graphs_give_what_plain_ones_give(encoder: Pair, monkeypatch: pytest.MonkeyPatch, record: bool) -> None:
+    """With the CPU as the device: places are used again for shapes that come again, and only so many are kept."""
+    monkeypatch.setattr(bound, "_MOST", 2)
+    of = backend(encoder.engine())
+    graphs = of.graphs
+    batches = [
+        Batch((row(words(n, n + at)), row(words(3, at))), {"topic": (0, 1), "names": (1,)})
+        for n in (4, 9, 30)
+        for at in (0, 1)
+    ]
+    plain = [of.run(batch) for batch in batches]
+    monkeypatch.setattr(graphs, "_bound_trunk", Bound(graphs.trunk, "cpu", 0, record=record))
+    monkeypatch.setattr(graphs, "_bound_heads", {task: Bound(one, "cpu", 0) for task, one in graphs.heads.items()})
+    for batch, wanted in zip(batches, plain, strict=True):
+        for _ in range(2):
+            found = of.run(batch)
+            for task in batch.wanted:
+                for one, other in zip(found[task], wanted[task], strict=True):
+                    np.testing.assert_array_equal(one, other)
+    assert len(graphs._bound_trunk._recorded) == (2 if record else 0)
+
+
 def test_a_provider_that_cannot_start_is_never_left_out_silently(
     encoder: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where onnxruntime-gpu finds no CUDA: the session comes up on the CPU, and says so only in a log."""
-    import onnxruntime as ort
-
     monkeypatch.setattr(ort, "get_available_providers", lambda: CUDA)
     opened = ort.InferenceSession
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mtserve.bundle import Exported
 from mtserve.checkpoint import Checkpoint
 from mtserve.engine import DEFAULT_BUDGET, DEFAULT_PAST, Engine, Task
 from mtserve.errors import CheckpointError, ConfigError, MissingExtraError
+from mtserve.golden import GoldenReport, check_golden
 from mtserve.profiles import PRECISIONS, Hardware, choose, profile_key, together
 from mtserve.resolve import resolve
 from mtserve.text import Text
@@ -41,13 +43,14 @@ def load(
     capture: bool = False,
     max_batch_tokens: int = DEFAULT_BUDGET,
 ) -> Engine:
-    """Load a checkpoint (a folder, or a hub id with an optional revision) once, for all its tasks.
+    """Load a checkpoint or a bundle (a folder, or a hub id with an optional revision) once, for all its tasks. A bundle
+    must reproduce its golden rows.
 
     `profile`, `device`, `accepted_only` and `capture` as for `load_checkpoint`. Raises ResolveError, CheckpointError,
-    ConfigError, or MissingExtraError where torch is not installed.
+    ConfigError, or MissingExtraError where torch or ONNX Runtime is not installed.
     """
     checkpoint = Checkpoint.open(resolve(location))
-    return load_checkpoint(
+    engine = load_checkpoint(
         checkpoint,
         profile=profile,
         device=device,
@@ -55,6 +58,23 @@ def load(
         capture=capture,
         max_batch_tokens=max_batch_tokens,
     )
+    if checkpoint.manifest.exported is not None:
+        deque(reproduced(engine, checkpoint), maxlen=0)
+    return engine
+
+
+def reproduced(engine: Engine, checkpoint: Checkpoint) -> Iterator[tuple[str, GoldenReport]]:
+    """Reports of the tasks that have golden rows, under the profile in force. Raises CheckpointError for the first one
+    that does not reproduce them."""
+    name = engine.backend.profile
+    tolerance = checkpoint.manifest.tolerance(name)
+    for task in checkpoint.manifest.tasks:
+        if rows := checkpoint.golden(task.name):
+            report = check_golden(engine, task.name, rows, tolerance=tolerance)
+            if not report.reproduced:
+                found = f"differ by {report.difference:.2g}; profile {name} allows {tolerance:.2g}"
+                raise CheckpointError(f"task {task.name!r}: the logits of the golden rows {found}")
+            yield task.name, report
 
 
 def load_checkpoint(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +11,9 @@ from pathlib import Path
 from mtserve.backends.runtime import Runtime
 from mtserve.checkpoint import Checkpoint
 from mtserve.engine import Engine, Task
-from mtserve.errors import CheckpointError, ConfigError
-from mtserve.golden import GoldenReport, check_golden
-from mtserve.loading import InForce, in_force, load_checkpoint
+from mtserve.errors import ConfigError
+from mtserve.golden import GoldenReport
+from mtserve.loading import InForce, in_force, load_checkpoint, reproduced
 from mtserve.manifest import Speed, check_task_name
 from mtserve.observer import Observer
 from mtserve.resolve import resolve
@@ -118,7 +118,9 @@ def _load_table(settings: Settings, workers: int, observer: Callable[[str], Obse
     share = Share.of(settings, workers=workers, torch=torch)
     loaded = [_load(together, settings, share.threads) for together in grouped(checkpoints)]
     share.settle([speed for each in loaded for speed in each.speeds(share.cores)])
-    golden = {name: report for each in loaded for name, report in _golden(each)}
+    golden = {
+        name: report for each in loaded for one in each.checkpoints for name, report in reproduced(each.engine, one)
+    }
     trunks: list[ServedTrunk] = []
     queues: dict[str, Queue] = {}
     thread = ThreadPoolExecutor(1, thread_name_prefix="mtserve-engines") if len(loaded) > 1 else None
@@ -173,21 +175,6 @@ def _load(checkpoints: Sequence[Checkpoint], settings: Settings, threads: int) -
         ),
     )
     return _Loaded(checkpoints, engine, in_force(engine, checkpoints[0].manifest.trunk.fingerprint))
-
-
-def _golden(loaded: _Loaded) -> Iterator[tuple[str, GoldenReport]]:
-    """Reports of the tasks that have golden rows, under the profile in force. Raises CheckpointError for the first one
-    that does not reproduce them."""
-    engine, name = loaded.engine, loaded.in_force.profile
-    for checkpoint in loaded.checkpoints:
-        tolerance = checkpoint.manifest.tolerance(name)
-        for task in checkpoint.manifest.tasks:
-            if rows := checkpoint.golden(task.name):
-                report = check_golden(engine, task.name, rows, tolerance=tolerance)
-                if not report.reproduced:
-                    found = f"differ by {report.difference:.2g}; profile {name} allows {tolerance:.2g}"
-                    raise CheckpointError(f"task {task.name!r}: the logits of the golden rows {found}")
-                yield task.name, report
 
 
 def _say(trunk: ServedTrunk) -> None:

@@ -332,6 +332,13 @@ def test_a_bad_bundle_gets_one_sentence(encoder: Pair, tmp_path: Path, spoil: An
     assert "\n" not in str(told.exception)
 
 
+def test_golden_rows_are_checked_when_it_is_opened(encoder: Pair, tmp_path: Path) -> None:
+    folder = copy(encoder.bundle, tmp_path)
+    edit(folder, lambda raw: raw["profiles"]["onnx-fp32"].update(tolerance=1e-12))
+    with pytest.raises(CheckpointError, match=r"task '\w+': the logits of the golden rows differ by .* allows 1e-12"):
+        load(folder)
+
+
 def test_the_command_line_exits_with_2_and_the_sentence(encoder: Pair, tmp_path: Path) -> None:
     folder = copy(encoder.bundle, tmp_path)
     truncated(folder)

@@ -21,7 +21,9 @@ def names(requirements: list[str]) -> set[str]:
 
 def test_extras() -> None:
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) == {"torch", "serve", "train", "onnx", "gpu", "ray", "ui", "dev", "stemming", "farasa"}
+    assert set(extras) == {
+        *("torch", "serve", "train", "export", "onnx", "gpu", "ray", "ui", "dev", "stemming", "farasa")
+    }
     assert "torch>=2.11" in extras["torch"]
     assert not names(PROJECT["dependencies"]) & {"torch", "transformers", "bentoml"}
     assert len(PROJECT["dependencies"]) <= 12
@@ -33,7 +35,9 @@ def test_what_is_installed_for_development_is_pinned() -> None:
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[^ ]+", pin) for pin in pins)
     assert "torch==2.13.0" in pins
     extras = PROJECT["optional-dependencies"]
-    wanted = names(PROJECT["dependencies"]).union(*(names(extras[e]) for e in ("torch", "serve", "train", "dev")))
+    wanted = names(PROJECT["dependencies"]).union(
+        *(names(extras[e]) for e in ("torch", "serve", "train", "onnx", "export", "dev"))
+    )
     assert wanted - {"mtserve"} <= names(pins)
 
 

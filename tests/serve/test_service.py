@@ -240,13 +240,14 @@ def test_importing_the_service_loads_no_model() -> None:
     assert subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, timeout=60, check=False).returncode == 0
 
 
-def test_bentofile_builds_what_the_command_serves() -> None:
-    bentofile: dict[str, Any] = yaml.safe_load((ROOT / "bentofile.yaml").read_text())
+@pytest.mark.parametrize(("name", "extra"), [("bentofile.yaml", "torch"), ("bentofile-onnx.yaml", "onnx")])
+def test_bentofile_builds_what_the_command_serves(name: str, extra: str) -> None:
+    bentofile: dict[str, Any] = yaml.safe_load((ROOT / name).read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     assert bentofile["service"] == SERVICE
     assert sorted(bentofile["python"]["packages"]) == sorted(
-        [*project["dependencies"], *extras["torch"], *extras["serve"]]
+        [*project["dependencies"], *extras[extra], *extras["serve"]]
     )
 
 

@@ -21,7 +21,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,15 +144,18 @@ def _input(kind: str) -> Any:
     return "My parcel never came, and nobody in Porto answers."
 
 
-def _peaks(group: int) -> Iterator[float]:
-    """VmHWM in MiB of each process of a group."""
+def _peaks(root: int) -> Iterator[float]:
+    """VmHWM in MiB of a process and of all that it started."""
+    parents: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(path.read_text().rpartition(")")[2].split()[2]) == group:
-                status = (path.parent / "status").read_text()
-                yield int(status.partition("VmHWM:")[2].split()[0]) / 1024
-        except (OSError, ValueError, IndexError):
-            continue
+        with suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    family = {root}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    for pid in family:
+        with suppress(OSError, IndexError):
+            yield int(Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import Any
+
+from pydantic import ValidationError
 
 from mtserve.checkpoint import Checkpoint
 from mtserve.comparison import Answered, Cases
@@ -13,6 +16,7 @@ from mtserve.engine import Engine
 from mtserve.golden import GoldenReport, check_golden, largest_difference
 from mtserve.loading import load_checkpoint
 from mtserve.profiles import PRECISIONS
+from mtserve.tasks.base import AnyKind
 
 MOST_COMPARED = 200
 
@@ -122,21 +126,36 @@ def compare(one: Checkpoint, other: Checkpoint) -> dict[str, Any]:
 
 def _answers_differ(engines: tuple[Engine, Engine], task: str, rows: Checkpoint, *, scored: bool) -> dict[str, Any]:
     """Both engines' answers to the task's calibration rows, of which there may be none; the difference is None between
-    outputs of other shapes, or where one is no finite number. `scored`: with the metric of both."""
-    cases = Cases.of(rows, engines[0].task(task))
-    cases = replace(cases, labelled=cases.labelled[:MOST_COMPARED], examples=cases.examples[:MOST_COMPARED])
-    here, there = (Answered.by(engine, cases) for engine in engines)
-    options = cases.task.options
-    changed = sum(flipped(a, b, options) for a, b in zip(here.predictions, there.predictions, strict=True))
+    outputs of other shapes, or where one is no finite number. `scored`: with both metrics where rows have truths."""
+    held = engines[0].task(task)
+    records = rows.calibration(task)[:MOST_COMPARED]
+    fields = held.kind.example.model_fields
+    examples = [held.kind.parse({name: record[name] for name in fields if name in record}) for record in records]
+    both = {
+        side: Answered.by(engine, Cases(held, [], examples))
+        for side, engine in zip(("here", "there"), engines, strict=True)
+    }
+    here, there = both.values()
+    changed = sum(flipped(a, b, held.options) for a, b in zip(here.predictions, there.predictions, strict=True))
     worst = 0.0
     for a, b in zip(here.logits, there.logits, strict=True):
         for x, y in zip(a, b, strict=False):
             worst = max(worst, largest_difference(x, y))
     found: dict[str, Any] = {
-        "rows": len(cases.examples),
+        "rows": len(examples),
         "flips": changed,
         "largest_logit_difference": worst if isfinite(worst) else None,
     }
-    if scored and cases.examples:
-        found["metric"] = {"name": cases.task.kind.metric, "here": here.score(), "there": there.score()}
+    labelled = _labelled(held.kind, records) if scored else []
+    if labelled:
+        scores = {side: replace(of, cases=Cases(held, labelled, examples)).score() for side, of in both.items()}
+        found["metric"] = {"name": held.kind.metric, **scores}
     return found
+
+
+def _labelled(kind: AnyKind, records: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Records as labelled examples; none where one of them has no truth."""
+    try:
+        return [kind.labelled.model_validate(record) for record in records]
+    except ValidationError:
+        return []

@@ -108,7 +108,7 @@ def test_answers_in_steps_and_streams(decoder: Pair) -> None:
     assert events[-1]["generated_text"] == engine.predict("forth", ["good"])[0][0]["generated_text"]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_going_on_equals_whole_rows(family: str) -> None:
     """The programs of tests/test_pasts.py, over a bundle: rows that join, go on, fork, are cut and leave."""
     both = pair(family, only=DECODER)

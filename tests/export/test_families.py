@@ -10,8 +10,10 @@ from mtserve.export import fusing, graphs
 from mtserve.rows import Floats
 from tests.export.bundles import pair
 from tests.test_contract import CAUSAL, assert_close, expected_tasks, items
-from tests.tiny import Tiny, tiny
+from tests.tiny import FAMILIES, Tiny, tiny
 
+QUICK = {"bert", "deberta-v2", "gpt2", "modernbert"}
+"""One of each sort: an export takes ten seconds and more, so the others are for `make test-slow`."""
 FUSED = {
     "albert": {"Attention": 1, "SkipLayerNormalization": 4},  # one layer, called twice
     "bert": {"Attention": 2, "BiasGelu": 2, "EmbedLayerNormalization": 1, "SkipLayerNormalization": 4},
@@ -32,6 +34,9 @@ def logits(engine: Engine, small: Tiny) -> list[Floats]:
     return [array for work in works for array in work.logits]
 
 
+@pytest.mark.parametrize(
+    "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(FAMILIES)]
+)
 def test_a_bundle_answers_as_its_checkpoint(family: str) -> None:
     both = pair(family)
     engine, small = both.engine(), both.small

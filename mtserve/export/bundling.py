@@ -2,9 +2,10 @@
 
 Invariants (tests/export/ holds them):
 1. A bundle is whole or not there: it is written into a folder beside it, which gets its name at the end.
-2. Every task of the bundle answered all its calibration rows, in ONNX Runtime and in PyTorch in fp32; what came out is
-   in the manifest. An fp32 bundle's logits differ by at most the tolerance of fp32; one of fewer bits is accepted as
-   `mtserve tune` accepts a profile. Nothing is written that was not accepted.
+2. Every task of the bundle answered its golden rows (where there are none, its kind's sample) and all calibration rows
+   that there are, in ONNX Runtime and in PyTorch in fp32; what came out of the latter is in the manifest. An fp32
+   bundle's logits differ by at most the tolerance of fp32; one of fewer bits is accepted as `mtserve tune` accepts a
+   profile. Nothing is written that was not accepted.
 3. Tensors that several graphs share, or that a head ties to the trunk, are in it once.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -30,9 +31,9 @@ from mtserve.errors import ExportError
 from mtserve.export import quantizing
 from mtserve.export.made import Made
 from mtserve.folder import Writer, sync
-from mtserve.golden import check_golden
+from mtserve.golden import check_golden, golden_rows
 from mtserve.loading import load_checkpoint
-from mtserve.manifest import FORMAT, MANIFEST, Change, Profile, checked_manifest
+from mtserve.manifest import FORMAT, MANIFEST, Change, GoldenRow, Profile, checked_manifest
 from mtserve.sealing import commit
 from mtserve.tuning import MAX_FLIPS, Verdict, judge
 
@@ -93,6 +94,10 @@ def export(
     base = Engine([base.tasks[name] for name in names], base.backend, base.text)
     cases = [Cases.of(checkpoint, task) for task in base.tasks.values()]
     wanted = [Answered.by(base, one) for one in cases]
+    golden = {
+        name: checkpoint.golden(name) or golden_rows(base, name, [task.kind.sample(task.options)])
+        for name, task in base.tasks.items()
+    }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-exporting-") as aside:
         say(f"exporting {', '.join(names)}")
@@ -109,7 +114,7 @@ def export(
             entry = made.write(home, dtype, variant, checkpoint=mark)
             engine = _opened(home, entry, checkpoint, base)
             say(f"{variant or dtype}: answering the calibration rows of {len(names)} tasks")
-            verdict = _judged(engine, wanted, checkpoint, entry, max_flips)
+            verdict = _judged(engine, wanted, golden, entry, max_flips)
             slow, quick = _short_ms(reference, engine)
             tried.append(Tried(variant or dtype, verdict, (home / WEIGHTS).stat().st_size, quick, slow))
             if verdict.accepted:
@@ -140,14 +145,17 @@ def _opened(folder: Path, exported: Exported, checkpoint: Checkpoint, base: Engi
 
 
 def _judged(
-    engine: Engine, wanted: Sequence[Answered], checkpoint: Checkpoint, exported: Exported, max_flips: float
+    engine: Engine,
+    wanted: Sequence[Answered],
+    golden: Mapping[str, Sequence[GoldenRow]],
+    exported: Exported,
+    max_flips: float,
 ) -> Verdict:
     """Of the bundle's answers to calibration and golden rows. In fp32 only rounding may differ, so the logits decide,
     and rows are wanted of no task."""
     tasks: dict[str, Change] = {}
     missing = []
-    golden = [check_golden(engine, name, checkpoint.golden(name), tolerance=1) for name in engine.tasks]
-    worst = max(report.difference for report in golden)
+    worst = max(check_golden(engine, name, rows, tolerance=1).difference for name, rows in golden.items())
     for fp32 in wanted:
         name = fp32.cases.task.name
         if not fp32.cases.examples:

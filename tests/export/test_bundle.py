@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mtserve import inspection
 from mtserve.backends import bound
 from mtserve.backends.bound import Bound
 from mtserve.backends.runtime import Runtime
+from mtserve.backends.sessions import Graphs
 from mtserve.batching import Batch
 from mtserve.checkpoint import Checkpoint
 from mtserve.cli import app
@@ -40,6 +42,7 @@ from mtserve.tuning import tune
 from tests.export.bundles import Pair, backend, pair
 from tests.test_contract import assert_close
 from tests.test_pasts import Program, answers, assert_plain, row, words
+from tests.tiny import tiny, write_checkpoint
 
 ENCODER = ("topic", "names", "cosine")
 DECODER = ("forth", "back", "topic")
@@ -206,6 +209,23 @@ def test_the_command_exports_some_tasks_and_refuses_what_flips(encoder: Pair, tm
     assert all("pearson falls" in one["verdict"]["reason"] for one in report["tried"])  # its truth is what fp32 says
     assert report["bundle"] is None
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_without_any_rows_the_kinds_sample_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Private texts may leave a checkpoint without golden and calibration rows: it is compared all the same."""
+    bare = write_checkpoint(tmp_path / "bare", tiny("bert", only=("topic",)), golden=False)
+    rows = replace(
+        bare,
+        manifest=bare.manifest.model_copy(
+            update={"tasks": (bare.task("topic").model_copy(update={"calibration": None}),)}
+        ),
+    )
+    assert export(rows, tmp_path / "right").bundle is not None
+    answer = Graphs.logits
+    monkeypatch.setattr(Graphs, "logits", lambda *of: answer(*of) + 0.1)
+    report = export(rows, tmp_path / "wrong")
+    assert report.bundle is None
+    assert "logits differ by" in report.tried[0].verdict.reason
 
 
 def test_eight_bits_once_accepted(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,22 +72,36 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def limits(checkpoints: tuple[str, str]) -> Settings:
+def small_limits(models: tuple[str, str]) -> Settings:
     """Limits small enough to run into."""
     small: dict[str, Any] = {"max_inputs": 20, "max_body_bytes": 20_000, "max_text_chars": 5_000}
-    return Settings(model=checkpoints, max_queue_tokens=600, **small)
+    return Settings(model=models, max_queue_tokens=600, **small)
 
 
-@pytest.fixture(scope="session")
-def table(limits: Settings) -> Iterator[TaskTable]:
+@contextmanager
+def loaded(limits: Settings) -> Iterator[TaskTable]:
     made = load_table(limits)
     yield made
     made.model.close()
 
 
+def asking(table: TaskTable, assets: Path) -> TestClient:
+    root = Root(table)
+    return TestClient(Front(make_app(root, assets=assets), root=root), follow_redirects=False)
+
+
+@pytest.fixture(scope="session")
+def limits(checkpoints: tuple[str, str]) -> Settings:
+    return small_limits(checkpoints)
+
+
+@pytest.fixture(scope="session")
+def table(limits: Settings) -> Iterator[TaskTable]:
+    with loaded(limits) as made:
+        yield made
+
+
 @pytest.fixture(scope="session")
 def client(table: TaskTable, assets: Path) -> Iterator[TestClient]:
-    root = Root(table)
-    with TestClient(Front(make_app(root, assets=assets), root=root), follow_redirects=False) as made:
+    with asking(table, assets) as made:
         yield made

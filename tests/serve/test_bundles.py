@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 from mtserve.checkpoint import Checkpoint
 from mtserve.export.bundling import export
-from mtserve.serve.app import make_app
-from mtserve.serve.front import Front
-from mtserve.serve.loading import load_table
-from mtserve.serve.table import Root, TaskTable
-from mtserve.settings import Settings
+from mtserve.serve.table import TaskTable
+from tests.serve.conftest import asking, loaded, small_limits
 from tests.serve.test_routes import *  # noqa: F403
 from tests.serve.test_streaming import *  # noqa: F403
 
@@ -31,22 +27,14 @@ def bundles(checkpoints: tuple[str, str], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
-def limits(bundles: tuple[str, str]) -> Settings:
-    small: dict[str, Any] = {"max_inputs": 20, "max_body_bytes": 20_000, "max_text_chars": 5_000}
-    return Settings(model=bundles, max_queue_tokens=600, **small)
-
-
-@pytest.fixture(scope="session")
-def table(limits: Settings) -> Iterator[TaskTable]:
-    made = load_table(limits)
-    yield made
-    made.model.close()
+def table(bundles: tuple[str, str]) -> Iterator[TaskTable]:
+    with loaded(small_limits(bundles)) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")
 def client(table: TaskTable, assets: Path) -> Iterator[TestClient]:
-    root = Root(table)
-    with TestClient(Front(make_app(root, assets=assets), root=root), follow_redirects=False) as made:
+    with asking(table, assets) as made:
         yield made
 
 

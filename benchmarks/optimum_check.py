@@ -46,6 +46,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="optimum-") as home:
         rows = _rows(checkpoint, engine)
         models = dict(_stock(checkpoint, Path(home) / "stock"))
+        if not models:
+            raise SystemExit(f"{chosen.checkpoint} has no task that is a stock model: nothing to compare")
         request = Path(home) / "request.json"
         given = [[row.ids.tolist(), row.type_ids.tolist()] for row in rows]
         request.write_text(json.dumps({"models": models, "rows": given, "home": home}))

@@ -38,8 +38,14 @@ class Graphs:
             ort.preload_dlls()
         # keys and values have other shapes at each step, so there is nothing to record
         record = runtime.cuda_graph and self.providers[0] == "cuda" and runtime.io_binding and not exported.trunk.cache
-        self.trunk = self._open(folder, GRAPHS, record=record)
-        self.heads = {task: self._open(folder, head.path) for task, head in exported.heads.items()}
+        self.trunk = self._open(folder, GRAPHS, threads=runtime.threads, record=record)
+        # a head's own threads would spin for a while after each pass, on cores that the trunk needs again: an output
+        # matrix alone is worth them
+        alone = {task for task, head in exported.heads.items() if not exported.trunk.cache or head.takes != "positions"}
+        self.heads = {
+            task: self._open(folder, head.path, threads=1 if task in alone else runtime.threads)
+            for task, head in exported.heads.items()
+        }
         bind = self.on_gpu and runtime.io_binding
         self._bound_trunk = Bound(self.trunk, "cuda", runtime.device_id, record=record) if bind else None
         self._bound_heads = {
@@ -70,12 +76,11 @@ class Graphs:
             return self._bound_heads[task].run(["logits"], feeds, kept=["logits"])["logits"]
         return self.heads[task].run(["logits"], dict(feeds))[0]
 
-    def _open(self, folder: Path, path: str, *, record: bool = False) -> ort.InferenceSession:
+    def _open(self, folder: Path, path: str, *, threads: int | None, record: bool = False) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.enable_cpu_mem_arena = self.runtime.arena
-        if self.runtime.threads is not None:
-            options.intra_op_num_threads = self.runtime.threads
+        options.intra_op_num_threads = threads or 0  # 0: as many as ONNX Runtime likes
         # a graph in a folder of its own may name a file beside that folder only if it comes as bytes
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         asked = [(PROVIDERS[name], self.runtime.options(name, record=record)) for name in self.providers]

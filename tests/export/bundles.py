@@ -18,6 +18,9 @@ from mtserve.loading import load_checkpoint
 from tests.labelled import write_labelled
 from tests.tiny import Tiny, tiny
 
+ENCODER = ("topic", "names", "cosine")
+DECODER = ("forth", "back", "topic")
+
 
 @dataclass
 class Pair:

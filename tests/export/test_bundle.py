@@ -1,11 +1,8 @@
-"""A bundle on disk: whole or not there, everything in it once, opened without PyTorch, refused when it is not right."""
+"""A bundle on disk: whole or not there, everything in it once, opened without PyTorch."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,40 +19,18 @@ from typer.testing import CliRunner
 
 from benchmarks import onnx_latency
 from mtserve import inspection
-from mtserve.backends import bound
-from mtserve.backends.bound import Bound
-from mtserve.backends.runtime import Runtime
 from mtserve.backends.sessions import Graphs
 from mtserve.batching import Batch
-from mtserve.checkpoint import Checkpoint
 from mtserve.cli import app
-from mtserve.errors import CheckpointError, ConfigError, ExportError, MtserveError
 from mtserve.export import quantizing
 from mtserve.export.bundling import export
-from mtserve.interop.split import split_head
-from mtserve.loading import in_force, load, load_checkpoint
-from mtserve.manifest import MANIFEST
+from mtserve.loading import in_force, load
 from mtserve.rows import Past
 from mtserve.safetensors_file import read_header
-from mtserve.surgery import remove_heads
-from mtserve.tuning import tune
-from tests.export.bundles import Pair, backend, pair
+from tests.export.bundles import DECODER, ENCODER, Pair, backend, pair
 from tests.test_contract import assert_close
 from tests.test_pasts import Program, answers, assert_plain, row, words
 from tests.tiny import tiny, write_checkpoint
-
-ENCODER = ("topic", "names", "cosine")
-DECODER = ("forth", "back", "topic")
-
-
-@pytest.fixture
-def encoder() -> Pair:
-    return pair("bert", only=ENCODER)
-
-
-@pytest.fixture
-def decoder() -> Pair:
-    return pair("gpt2", only=DECODER)
 
 
 def test_what_is_in_it(encoder: Pair) -> None:
@@ -281,201 +256,6 @@ def test_half_precision_keeps_its_inputs_and_outputs() -> None:
             both.report.tried[0].bytes
             < 0.6 * (pair(family, only=tasks).bundle.folder / "weights.safetensors").stat().st_size
         )
-
-
-# what is refused
-
-
-def copy(of: Checkpoint, to: Path) -> Path:
-    return shutil.copytree(of.folder, to / "copy")
-
-
-def edit(folder: Path, change: Any) -> None:
-    raw = json.loads((folder / MANIFEST).read_text())
-    change(raw)
-    (folder / MANIFEST).write_text(json.dumps(raw))
-
-
-def truncated(folder: Path) -> None:
-    path = folder / "weights.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def other_bytes(folder: Path) -> None:
-    path = folder / "trunk.onnx"
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-
-
-def other_opset(folder: Path) -> None:
-    edit(folder, lambda raw: raw["exported"].update(opset=99))
-
-
-def other_trunk(folder: Path) -> None:
-    edit(folder, lambda raw: raw["trunk"].update(fingerprint="0" * 64))
-
-
-def other_inputs(folder: Path) -> None:
-    edit(folder, lambda raw: raw["exported"]["trunk"]["inputs"].pop())
-
-
-def unknown_key(folder: Path) -> None:
-    edit(folder, lambda raw: raw["exported"].update(colour="blue"))
-
-
-def no_graphs(folder: Path) -> None:
-    edit(folder, lambda raw: raw.update(exported=None))
-
-
-def other_heads(folder: Path) -> None:
-    edit(folder, lambda raw: raw["exported"]["heads"].pop("names"))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (truncated, r"weights.safetensors has \d+ bytes; the manifest says \d+"),
-        (other_bytes, r"trunk.onnx is not the file that was sealed"),
-        (other_opset, r"opset 99 of ONNX; this version opens 17 to 23"),
-        (other_trunk, r"the head of task 'topic' was trained on trunk"),
-        (other_inputs, r"trunk.onnx takes input_ids, attention_mask, token_type_ids; the manifest says"),
-        (unknown_key, r"exported.colour: Extra inputs are not permitted"),
-        (no_graphs, r"a bundle has no graphs"),
-        (other_heads, r"heads of topic, cosine for tasks topic, cosine, names|heads of .* for tasks"),
-    ],
-)
-def test_a_bad_bundle_gets_one_sentence(encoder: Pair, tmp_path: Path, spoil: Any, said: str) -> None:
-    folder = copy(encoder.bundle, tmp_path)
-    spoil(folder)
-    told = CliRunner().invoke(app, ["predict", str(folder), "good", "--task", "topic"])
-    assert isinstance(told.exception, MtserveError)
-    assert re.search(said, str(told.exception)), told.exception
-    assert "\n" not in str(told.exception)
-
-
-def test_golden_rows_are_checked_when_it_is_opened(encoder: Pair, tmp_path: Path) -> None:
-    folder = copy(encoder.bundle, tmp_path)
-    edit(folder, lambda raw: raw["profiles"]["onnx-fp32"].update(tolerance=1e-12))
-    with pytest.raises(CheckpointError, match=r"task '\w+': the logits of the golden rows differ by .* allows 1e-12"):
-        load(folder)
-
-
-def test_the_command_line_exits_with_2_and_the_sentence(encoder: Pair, tmp_path: Path) -> None:
-    folder = copy(encoder.bundle, tmp_path)
-    truncated(folder)
-    run = subprocess.run(
-        [sys.executable, "-m", "mtserve", "predict", str(folder), "good", "--task", "topic"],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2], env={**os.environ},
-    )  # fmt: skip
-    assert run.returncode == 2
-    assert run.stderr.strip().count("\n") == 0
-    assert run.stderr.startswith("mtserve: ")
-
-
-def test_a_bundle_is_no_checkpoint(encoder: Pair, tmp_path: Path) -> None:
-    for call in (
-        lambda: export(encoder.bundle, tmp_path / "again"),
-        lambda: remove_heads(encoder.bundle, ["topic"]),
-        lambda: tune(encoder.bundle),
-        lambda: split_head(encoder.bundle, "topic", tmp_path / "split"),
-    ):
-        with pytest.raises(CheckpointError, match=r"is a bundle of ONNX graphs, and .* needs the checkpoint"):
-            call()
-    with pytest.raises(ConfigError, match="is a bundle that computes in onnx-fp32; found profile bf16"):
-        load_checkpoint(encoder.bundle, profile="bf16")
-
-
-def test_a_folder_that_holds_something_is_left_alone(encoder: Pair, tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("x")
-    with pytest.raises(ExportError, match="is not empty"):
-        export(encoder.checkpoint, tmp_path)
-    with pytest.raises(ExportError, match=r"has no task 'tpoic'; its tasks: topic, cosine, names|has no task 'tpoic'"):
-        export(encoder.checkpoint, tmp_path / "b", only=["tpoic"])
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-
-
-CUDA = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-
-
-@pytest.mark.parametrize(
-    ("given", "available", "chosen"),
-    [
-        ({}, CUDA[1:], ("cpu",)),
-        ({}, CUDA, ("cuda", "cpu")),
-        ({"device": "cpu"}, CUDA, ("cpu",)),
-        ({"providers": ("tensorrt", "cuda")}, ["TensorrtExecutionProvider", *CUDA], ("tensorrt", "cuda", "cpu")),
-        ({"providers": ("cpu",), "device": "cuda"}, CUDA, ("cpu",)),
-    ],
-)
-def test_providers_by_preference(given: dict[str, Any], available: list[str], chosen: tuple[str, ...]) -> None:
-    assert Runtime(**given).chosen(available, "1.32.0") == chosen
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"device": "cuda"}, r"ONNX Runtime 1.32.0 has no cuda provider; it has cpu. Install onnxruntime-gpu in place"),
-        (
-            {"providers": ("openvino",)},
-            r"no openvino provider; it has cpu. Install the build of ONNX Runtime that has it",
-        ),
-        ({"providers": ("cdua",)}, r"ONNX provider 'cdua' is unknown; allowed: tensorrt, cuda, openvino, cpu"),
-        ({"device": "tpu"}, r"device must be auto, cpu or cuda; found 'tpu'"),
-    ],
-)
-def test_a_provider_that_is_not_there(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        Runtime(**given).chosen(CUDA[1:], "1.32.0")
-
-
-def test_what_a_gpu_is_told() -> None:
-    told = Runtime(device_id=1, memory_mib=512, arena=False).options("cuda", record=True)
-    assert told == {
-        **{"device_id": 1, "enable_cuda_graph": "1", "gpu_mem_limit": 512 * 2**20},
-        **{"arena_extend_strategy": "kSameAsRequested"},
-    }
-    assert Runtime(memory_mib=512).options("cpu") == {}
-
-
-@pytest.mark.parametrize("record", [False, True])
-def test_bound_graphs_give_what_plain_ones_give(encoder: Pair, monkeypatch: pytest.MonkeyPatch, record: bool) -> None:
-    """With the CPU as the device: places are used again for shapes that come again, and only so many are kept."""
-    monkeypatch.setattr(bound, "_MOST", 2)
-    of = backend(encoder.engine())
-    graphs = of.graphs
-    batches = [
-        Batch((row(words(n, n + at)), row(words(3, at))), {"topic": (0, 1), "names": (1,)})
-        for n in (4, 9, 30)
-        for at in (0, 1)
-    ]
-    plain = [of.run(batch) for batch in batches]
-    monkeypatch.setattr(graphs, "_bound_trunk", Bound(graphs.trunk, "cpu", 0, record=record))
-    monkeypatch.setattr(graphs, "_bound_heads", {task: Bound(one, "cpu", 0) for task, one in graphs.heads.items()})
-    for batch, wanted in zip(batches, plain, strict=True):
-        for _ in range(2):
-            found = of.run(batch)
-            for task in batch.wanted:
-                for one, other in zip(found[task], wanted[task], strict=True):
-                    np.testing.assert_array_equal(one, other)
-    assert len(graphs._bound_trunk._recorded) == (2 if record else 0)
-
-
-def test_a_provider_that_cannot_start_is_never_left_out_silently(
-    encoder: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As where onnxruntime-gpu finds no CUDA: the session comes up on the CPU, and says so only in a log."""
-    monkeypatch.setattr(ort, "get_available_providers", lambda: CUDA)
-    opened = ort.InferenceSession
-
-    class OnTheCpu(opened):  # type: ignore[misc, valid-type]
-        def __init__(self, model: bytes, options: Any, providers: Any) -> None:
-            super().__init__(model, options, providers=["CPUExecutionProvider"])
-
-    monkeypatch.setattr(ort, "InferenceSession", OnTheCpu)
-    with pytest.raises(
-        ConfigError, match=r"cannot start it: libraries that it needs are missing. Install CUDA and cuDNN"
-    ):
-        load_checkpoint(encoder.bundle)
-    assert load_checkpoint(encoder.bundle, device="cpu").backend.hardware.device == "cpu"
 
 
 def test_the_benchmark_runs(encoder: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,6 @@ for the host; at the end of a step none is under way.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,10 +26,11 @@ from mtserve.backends.base import Backend, Pending
 from mtserve.batching import Batch, plan
 from mtserve.errors import ConfigError, InputError, NotFiniteError, Problem, UnknownTaskError
 from mtserve.observer import Observer, Ran
+from mtserve.offline import Offline
 from mtserve.rows import Row
 from mtserve.tasks.base import AnyKind, Example, Options
 from mtserve.tasks.validation import validate
-from mtserve.tasks.work import Work, fits, room
+from mtserve.tasks.work import Work, room
 from mtserve.text import Text
 
 DEFAULT_BUDGET = 4096
@@ -70,7 +70,7 @@ class _Ahead:
     takers: Mapping[str, Sequence[Sequence[tuple[Work, int]]]]
 
 
-class Engine:
+class Engine(Offline):
     """All tasks of one trunk. Raises ConfigError for a task whose options do not go with the tokenizer."""
 
     def __init__(
@@ -292,26 +292,6 @@ class Engine:
         """JSON-ready events of a work that is read along: what came since the last call."""
         task = self.tasks[work.task]
         return [] if work.error is not None else task.kind.emit(work, task.options, self.text)
-
-    def run(self, works: Sequence[Work], *, errors: bool = False) -> list[Any]:
-        """Predictions of works, in order, whatever number of steps they take; as many at once as there is room for.
-
-        Raises what went wrong with the first work that failed; with `errors` that stands in its prediction's place.
-        """
-        waiting, running = deque(works), list[Work]()
-        while waiting or running:
-            while waiting and fits(waiting[0], running, most=self.max_past_tokens):
-                running.append(waiting.popleft())
-            _, running = self.step(running)
-        self.release()
-        return [work.error if errors and work.error is not None else self.finish(work) for work in works]
-
-    def predict(self, task: str, items: Sequence[Any], parameters: Mapping[str, Any] | None = None) -> list[Any]:
-        """Predictions of one task for items that may be strings, mappings or examples, in order.
-
-        Raises UnknownTaskError, or InputError that names every bad item; nothing has run then.
-        """
-        return self.run(self.prepare_all(task, items, parameters))
 
 
 def _parsed(kind: AnyKind, items: Sequence[Any]) -> tuple[dict[int, Example], list[Problem]]:

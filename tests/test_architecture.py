@@ -16,10 +16,10 @@ import mtserve
 ROOT = Path(__file__).parent.parent
 LAYERS: list[set[str]] = [
     {"errors", "rows", "observer"},
-    {"settings", "resolve", "preparation", "batching", "safetensors_file", "profiles", "bundle"},
+    {"settings", "resolve", "preparation", "batching", "safetensors_file", "profiles", "bundle", "overlap"},
     {"text"},
     {"tasks", "trunk"},
-    {"ticket", "waiting", "decisions", "stepper"},
+    {"ticket", "waiting", "decisions", "stepper", "offline"},
     {"text_pool"},
     {"heads"},
     {"model"},
@@ -37,6 +37,7 @@ LAYERS: list[set[str]] = [
     {"tuning"},
     {"export"},
     {"shown"},
+    {"score"},
     {"serve"},
     {"demo"},
     {"cli"},

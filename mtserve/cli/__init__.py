@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mtserve.cli import exporting, heads, importing
+from mtserve.cli import exporting, heads, importing, scoring
 from mtserve.cli.arguments import Model, json_object
 from mtserve.errors import MissingExtraError, MtserveError
 
@@ -30,6 +30,7 @@ app = typer.Typer(
 app.add_typer(importing.commands, name="import")
 app.add_typer(heads.commands, name="heads")
 app.command()(exporting.export)
+app.command()(scoring.score)
 
 
 @app.command()

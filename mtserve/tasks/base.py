@@ -295,6 +295,14 @@ class Kind(Evaluation[O_, L_], Generic[O_, P_, E_, L_]):
         """Objects that may stand in `inputs` of an HTTP request, each alone; the example may also stand in a list."""
         return [self.example]
 
+    def flat_types(self, options: O_) -> Mapping[str, Any]:
+        """Columns in which a table has the gist of a prediction, and their types."""
+        return {"prediction": self.prediction}
+
+    def flat(self, prediction: Any, options: O_) -> Mapping[str, Any]:
+        """A prediction in those columns."""
+        return {"prediction": prediction}
+
     def label_names(self, options: O_) -> tuple[str, ...]:
         """The labels that a prediction can carry, for listings and OpenAPI; empty where there are none."""
         return ()

@@ -255,5 +255,16 @@ class Classification(
     def join(self, predictions: list[Any], shape: str) -> Any:
         return predictions  # a list of lists in both shapes: clients read element 0 for one text
 
+    def flat_types(self, options: ClassificationOptions) -> Mapping[str, Any]:
+        """The best label and its score; of a multi-label task the labels that hold."""
+        return {"labels": list[str]} if options.multi_label else {"label": str, "score": float}
+
+    def flat(self, prediction: list[LabelScore], options: ClassificationOptions) -> Mapping[str, Any]:
+        if options.multi_label:
+            limits = dict(zip(options.labels, options.limits_of_labels, strict=True))
+            return {"labels": [one["label"] for one in prediction if one["score"] >= limits[one["label"]]]}
+        best = prediction[0] if prediction else {"label": None, "score": None}
+        return {"label": best["label"], "score": best["score"]}
+
     def label_names(self, options: ClassificationOptions) -> tuple[str, ...]:
         return options.labels

@@ -8,7 +8,7 @@ is the row's past.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NotRequired
 
@@ -276,6 +276,13 @@ class Generation(Kind[GenerationOptions, GenerationParameters, GenerationExample
 
     def copied(self, example: LabelledGeneration, options: GenerationOptions) -> list[GeneratedText]:
         return [_generated(example.text, "eos_token")]
+
+    def flat_types(self, options: GenerationOptions) -> Mapping[str, Any]:
+        """The best answer."""
+        return {"text": str}
+
+    def flat(self, prediction: list[GeneratedText], options: GenerationOptions) -> Mapping[str, Any]:
+        return {"text": prediction[0]["generated_text"]}
 
     def sample(self, options: GenerationOptions) -> GenerationExample:
         return GenerationExample(text="I do not know where he has gone.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -195,6 +195,14 @@ class MultipleChoice(
 
     def truths(self, example: LabelledMultipleChoice, options: MultipleChoiceOptions) -> tuple[str, ...]:
         return (f"choice {example.answer}",)
+
+    def flat_types(self, options: MultipleChoiceOptions) -> Mapping[str, Any]:
+        """The best choice."""
+        return {"choice": str, "index": int, "score": float}
+
+    def flat(self, prediction: list[ChoiceScore], options: MultipleChoiceOptions) -> Mapping[str, Any]:
+        best = prediction[0]
+        return {"choice": best["choice"], "index": best["index"], "score": best["score"]}
 
     def sample(self, options: MultipleChoiceOptions) -> MultipleChoiceExample:
         return MultipleChoiceExample(

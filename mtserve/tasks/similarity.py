@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -169,6 +169,12 @@ class Similarity(Kind[SimilarityOptions, SimilarityParameters, SimilarityExample
         step = (options.high - options.low) / 5
         start = options.low + step * min(int((example.score - options.low) / step), 4)
         return (f"{start:g} to {start + step:g}",)
+
+    def flat_types(self, options: SimilarityOptions) -> Mapping[str, Any]:
+        return {"score": float}
+
+    def flat(self, prediction: Score, options: SimilarityOptions) -> Mapping[str, Any]:
+        return {"score": prediction["score"]}
 
     def sample(self, options: SimilarityOptions) -> SimilarityExample:
         return SimilarityExample(text="A man is feeding his dog.", text_pair="Someone gives food to a pet.")

@@ -227,6 +227,12 @@ class TokenClassification(
     def truths(self, example: LabelledTokenClassification, options: TokenClassificationOptions) -> list[str]:
         return [label for _, _, label in _gold(example)]
 
+    def flat_types(self, options: TokenClassificationOptions) -> Mapping[str, Any]:
+        return {"spans": self.prediction}
+
+    def flat(self, prediction: list[SpanScore], options: TokenClassificationOptions) -> Mapping[str, Any]:
+        return {"spans": prediction}
+
     def sample(self, options: TokenClassificationOptions) -> TokenClassificationExample:
         return TokenClassificationExample(text="Ana Silva moved from Porto to Oslo in May.")
 

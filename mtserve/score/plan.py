@@ -1,0 +1,117 @@
+"""What a run is to do, as data: settings, and the plan that follows from them and the first rows of the input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mtserve.engine import Engine
+from mtserve.errors import ConfigError
+from mtserve.score.columns import Columns
+from mtserve.score.cutting import Limits
+from mtserve.score.places import Format, Place
+from mtserve.score.records import read
+from mtserve.score.scorer import Asked
+from mtserve.score.shape import Shape
+from mtserve.score.writing import names_of, schema_of
+
+_LOOK = 1024
+_TABLES: tuple[Format, ...] = ("parquet", "arrow")
+
+
+class TaskSettings(BaseModel):
+    """Of one task.
+
+    columns      field of an example -> column, beside those of all tasks
+    parameters   as in a request
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    columns: dict[str, str | tuple[str, ...]] = {}
+    parameters: dict[str, Any] = {}
+
+
+class Settings(BaseModel):
+    """How rows are scored; what a file of settings may hold.
+
+    tasks        by name; a model of one task needs none
+    columns      field of an example -> column, for all tasks that have the field
+    form         nested or flat; by default nested in JSONL, flat elsewhere
+    keep         columns of the input that go through; None for all
+    all_scores   whole predictions beside flat columns
+    metrics      measure rows that have a truth, by the functions of training
+    max_errors   how many rows may fail before the run stops
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tasks: dict[str, TaskSettings] = {}
+    columns: dict[str, str | tuple[str, ...]] = {}
+    form: Literal["nested", "flat"] | None = None
+    keep: tuple[str, ...] | None = None
+    all_scores: bool = False
+    metrics: bool = False
+    max_errors: int | None = Field(default=None, ge=0)
+
+
+def asked(engine: Engine, settings: Settings) -> list[Asked]:
+    """The tasks with their columns. Raises UnknownTaskError, ConfigError."""
+    names = [*settings.tasks] or ([*engine.tasks] if len(engine.tasks) == 1 else [])
+    if not names:
+        raise ConfigError(f"choose --task from {', '.join(engine.tasks)}")
+    found, known = [], set[str]()
+    for name in names:
+        kind, own = engine.task(name).kind, settings.tasks.get(name, TaskSettings())
+        known |= set(kind.labelled.model_fields)
+        shared = {field: of for field, of in settings.columns.items() if field in kind.labelled.model_fields}
+        found.append(Asked(name, Columns(kind, shared | own.columns), own.parameters, settings.metrics))
+    if unknown := sorted(set(settings.columns) - known):
+        raise ConfigError(f"no task has a field {unknown[0]}; allowed: {', '.join(sorted(known))}")
+    return found
+
+
+def shape(engine: Engine, settings: Settings, tasks: Sequence[Asked], output: Format) -> Shape:
+    form = settings.form or ("nested" if output == "jsonl" else "flat")
+    if form == "nested" and output in ("csv", "tsv"):
+        raise ConfigError(f"{output} has no nested columns; allowed: form flat")
+    of = {one.name: (engine.task(one.name).kind, engine.task(one.name).options) for one in tasks}
+    return Shape(form, of, settings.keep, settings.all_scores)
+
+
+def columns_plan(places: Sequence[Place], tasks: Sequence[Asked], shape: Shape, output: Format) -> dict[str, Any]:
+    """Columns of the output by the first rows of the first file that has any, and a check that the tasks find theirs.
+    Raises ConfigError."""
+    first: list[Mapping[str, Any]] = []
+    for place in places:
+        first = [record.cells for record in islice(read(place), _LOOK) if record.problem is None]
+        if first:
+            break
+    names = list(dict.fromkeys(str(name) for cells in first for name in cells))
+    if shape.keep is not None and first and (missing := [name for name in shape.keep if name not in names]):
+        raise ConfigError(f"there is no column {missing[0]} to keep; the input has {', '.join(names)}")
+    shape.check(names)
+    if first:
+        for one in tasks:
+            one.columns.check(names, one.name, labels=one.labelled)
+    kept = [shape.kept(cells) for cells in first]
+    if output in ("csv", "tsv"):
+        return {"names": names_of(kept, shape.added)}
+    return {"schema": schema_of(kept, shape.added).hex()} if output in _TABLES else {}
+
+
+def key(
+    *, model: Mapping[str, Any], inputs: Sequence[tuple[str, str]], settings: Settings, limits: Limits, **more: Any
+) -> dict[str, Any]:
+    """What a run that goes on must have in common with the one that was broken off."""
+    return {
+        "format": 1,
+        "model": model,
+        "inputs": [{"file": url, "content": content} for url, content in inputs],
+        "settings": settings.model_dump(mode="json", exclude={"max_errors"}),
+        "cuts": vars(limits),
+        **more,
+    }

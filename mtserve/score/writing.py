@@ -1,0 +1,132 @@
+"""Rows of answers as the bytes of a part, in each format, and parts as a file. Knows no task and no place."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, Any
+
+from mtserve.errors import ConfigError, MissingExtraError
+from mtserve.score.places import Place, compressed
+
+Row = Mapping[str, Any]
+
+
+class Form(ABC):
+    """How rows of one output are written: the same bytes for the same rows, whoever writes them.
+
+    A part is a file of its own; `joined` makes one of several.
+    """
+
+    def __init__(self, of: Place) -> None:
+        self.of = of
+
+    def refused(self, row: Row) -> str | None:
+        """What keeps a row from being written with those before it."""
+        return None
+
+    @abstractmethod
+    def part(self, rows: Sequence[Row], *, first: bool) -> bytes:
+        """The bytes of a part; `first`: of its file."""
+
+    def joined(self, parts: Iterable[bytes], to: IO[bytes]) -> None:
+        """A file of its parts, in order; without any, one without rows."""
+        for part in parts:
+            to.write(part)
+
+
+class Lines(Form):
+    """A JSON object a line."""
+
+    def part(self, rows: Sequence[Row], *, first: bool) -> bytes:
+        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        return compressed(text.encode("utf-8", "backslashreplace"), self.of.compression)
+
+
+class Cells(Form):
+    """A header and a line a row; what is no text and no number is JSON."""
+
+    def __init__(self, of: Place, names: Sequence[str]) -> None:
+        super().__init__(of)
+        self.names = names
+
+    def refused(self, row: Row) -> str | None:
+        unknown = [name for name in row if name not in self.names]
+        return f"the output has no column {unknown[0]}, as the first rows of the input had none" if unknown else None
+
+    def part(self, rows: Sequence[Row], *, first: bool) -> bytes:
+        text = io.StringIO()
+        writer = csv.writer(text, delimiter="\t" if self.of.format == "tsv" else ",", lineterminator="\n")
+        if first:
+            writer.writerow(self.names)
+        writer.writerows([_cell(row.get(name)) for name in self.names] for row in rows)
+        return compressed(text.getvalue().encode("utf-8", "backslashreplace"), self.of.compression)
+
+
+class Tables(Form):
+    """Parquet or Arrow."""
+
+    def __init__(self, of: Place, schema: bytes) -> None:
+        super().__init__(of)
+        self._tables = _tables()
+        self.schema = self._tables.read_schema(schema)
+
+    def refused(self, row: Row) -> str | None:
+        if unknown := [name for name in row if name not in self.schema.names]:
+            return f"the output has no column {unknown[0]}, as the first rows of the input had none"
+        try:
+            self._tables.batch([row], self.schema)
+        except Exception as error:  # pyarrow's, of several classes
+            return f"a cell is not of its column's type in the first rows: {error}"
+        return None
+
+    def part(self, rows: Sequence[Row], *, first: bool) -> bytes:
+        content: bytes = self._tables.written([self._tables.batch(rows, self.schema)], self.schema, self.of.format)
+        return content
+
+    def joined(self, parts: Iterable[bytes], to: IO[bytes]) -> None:
+        each = (batch for part in parts for batch in self._tables.read_part(part, self.of.format))
+        self._tables.write(to, each, self.schema, self.of.format)
+
+
+def schema_of(first: Sequence[Row], added: Mapping[str, Any], *, known: Any = None) -> bytes:
+    """Arrow's schema of an output, serialised: columns of the input as in `known` (a schema), else by its first rows,
+    then those that are added."""
+    tables = _tables()
+    kept = [{name: value for name, value in row.items() if name not in added} for row in first]
+    return bytes(tables.extended(tables.inferred(kept) if known is None else known, added).serialize())
+
+
+def names_of(first: Sequence[Row], added: Mapping[str, Any]) -> list[str]:
+    """Columns of an output of lines with a header."""
+    return [*dict.fromkeys(name for row in first for name in row if name not in added), *added]
+
+
+def _tables() -> Any:
+    try:
+        from mtserve.score import tables
+    except ImportError as error:
+        raise MissingExtraError("Parquet and Arrow", "score") from error
+    return tables
+
+
+def _cell(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def form_of(of: Place, plan: Mapping[str, Any]) -> Form:
+    """The form of an output whose columns are planned: `names` of one with a header, `schema` of a table."""
+    if of.format == "jsonl":
+        return Lines(of)
+    if of.format in ("csv", "tsv"):
+        return Cells(of, plan["names"])
+    if of.url == "-":
+        raise ConfigError(f"{of.format} cannot be written to a pipe; allowed: jsonl, csv, tsv")
+    return Tables(of, bytes.fromhex(plan["schema"]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -130,7 +131,7 @@ class Offline:
         try:
             return self.prepare_tasks({task: parameters}, [item])[task][0]
         except InputError as error:
-            return error
+            return InputError(replace(problem, index=None) for problem in error.problems)
 
 
 def windows(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -48,8 +48,11 @@ class Columns:
 
     def labelled(self, item: Mapping[str, Any], cells: Mapping[str, Any]) -> dict[str, Any]:
         """The same with its truth. Raises InputError for a column that is not there."""
-        truth = [name for name in self.kind.labelled.model_fields if name not in self.kind.example.model_fields]
-        return {**item, **self._fields(truth, cells)}
+        return {**item, **self._fields(self._truth, cells)}
+
+    @property
+    def _truth(self) -> list[str]:
+        return [name for name in self.kind.labelled.model_fields if name not in self.kind.example.model_fields]
 
     def check(self, names: Sequence[str], task: str, *, labels: bool) -> None:
         """Raise ConfigError if rows of these columns, which all rows have, can be no example of the task."""
@@ -61,7 +64,7 @@ class Columns:
             raise ConfigError(f"task {task!r}: {error}") from None
         needed = [name for name, field in self.kind.example.model_fields.items() if field.is_required()]
         missing = [name for name in needed if name not in found] or ([] if found else [*self.kind.example.model_fields])
-        missing += [] if truth else [name for name in self.kind.labelled.model_fields if name not in needed]
+        missing += [] if truth else self._truth
         if missing:
             said = f"no column for {missing[0]}; the input has {', '.join(names)}"
             raise ConfigError(f"task {task!r}: {said}; name one: {missing[0]}=COLUMN")

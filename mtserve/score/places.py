@@ -89,7 +89,7 @@ def inputs(location: str, form: Format | None = None, *, quotes: bool = True) ->
         return [replace(place(location, form), quotes=quotes)]
     system, path = file_system(location)
     if any(one in path for one in "*?["):
-        found = sorted(system.glob(path))
+        found = sorted(one for one in system.glob(path) if not posixpath.basename(one).startswith("."))
     elif system.isdir(path):
         found = sorted(one for one in system.find(path) if _counts(one[len(path) :], form))
     else:

@@ -13,7 +13,7 @@ from mtserve.errors import ConfigError
 from mtserve.score.columns import Columns
 from mtserve.score.cutting import Limits
 from mtserve.score.places import Format, Place
-from mtserve.score.records import read
+from mtserve.score.records import read, schema
 from mtserve.score.scorer import Asked
 from mtserve.score.shape import Shape
 from mtserve.score.writing import names_of, schema_of
@@ -86,7 +86,9 @@ def columns_plan(places: Sequence[Place], tasks: Sequence[Asked], shape: Shape, 
     """Columns of the output by the first rows of the first file that has any, and a check that the tasks find theirs.
     Raises ConfigError."""
     first: list[Mapping[str, Any]] = []
+    known = None
     for place in places:
+        known = schema(place, shape.keep)
         first = [record.cells for record in islice(read(place), _LOOK) if record.problem is None]
         if first:
             break
@@ -100,7 +102,7 @@ def columns_plan(places: Sequence[Place], tasks: Sequence[Asked], shape: Shape, 
     kept = [shape.kept(cells) for cells in first]
     if output in ("csv", "tsv"):
         return {"names": names_of(kept, shape.added)}
-    return {"schema": schema_of(kept, shape.added).hex()} if output in _TABLES else {}
+    return {"schema": schema_of(kept, shape.added, known=known).hex()} if output in _TABLES else {}
 
 
 def key(

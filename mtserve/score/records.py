@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -197,6 +197,21 @@ def _hub(location: str, start: int) -> Iterator[Record]:
     rows = datasets.load_dataset(name, config, split=split, streaming=True)
     for number, cells in enumerate(rows.skip(start) if start else rows):
         yield Record(number + start, cells)
+
+
+def schema(of: Place, keep: Sequence[str] | None) -> Any:
+    """Arrow's schema of a table's columns that are kept, None for a file that has none."""
+    if of.format not in ("parquet", "arrow"):
+        return None
+    from pyarrow import ipc, parquet
+    from pyarrow import schema as made
+
+    with opened(of) as file:
+        if of.format == "parquet":
+            found = parquet.read_schema(file)
+        else:
+            found = next((batch.schema for batch in _arrow(None, file)), None) or ipc.open_stream(file).schema
+    return made([field for field in found if keep is None or field.name in keep])
 
 
 def total(of: Place, lines: int | None) -> int | None:

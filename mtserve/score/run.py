@@ -103,10 +103,10 @@ class Run:
         """Raises SetupError before anything is scored, TooManyErrorsError after."""
         began = time.perf_counter()
         streamed = self.places[0].url == STREAM
-        plan = {} if streamed else columns_plan(self.places, self.tasks, self.shape, self.targets[0].format)
         if streamed and self.targets[0].format != "jsonl":
             raise ConfigError("the columns of what comes over a pipe are not known before; allowed: output in jsonl")
-        self.form: Form = form_of(self.targets[0], plan)
+        plan = [{} if streamed else self._planned(at, target) for at, target in enumerate(self.targets)]
+        self.forms = [form_of(target, one) for target, one in zip(self.targets, plan, strict=True)]
         if self.url == STREAM:
             self._to_stdout()
         else:
@@ -114,11 +114,19 @@ class Run:
         self.summary.seconds = time.perf_counter() - began
         return self.summary
 
+    def _planned(self, at: int, target: Place) -> dict[str, Any]:
+        """Columns of an output, by the files that go into it."""
+        places = self.places if len(self.targets) == 1 else [self.places[at]]
+        return columns_plan(places, self.tasks, self.shape, target.format)
+
+    def _form(self, shard: int) -> Form:
+        return self.forms[0 if len(self.forms) == 1 else shard]
+
     def _to_stdout(self) -> None:
         first = True
         for answered in self._answered({}):
             rows, _ = self._rows(answered)
-            sys.stdout.buffer.write(self.form.part(rows, first=first))
+            sys.stdout.buffer.write(self.forms[0].part(rows, first=first))
             sys.stdout.buffer.flush()
             first = False
             self._open.outcomes.append(answered.outcomes)
@@ -127,9 +135,9 @@ class Run:
 
     def _to_parts(self, plan: Any, *, restart: bool) -> None:
         folder = Parts(self.url)
+        if folder.read_run() is None and not restart and (there := self._there()):
+            raise ConfigError(f"{there} is there already; --restart scores it anew, or choose another output")
         with folder.locked():
-            if folder.read_run() is None and not restart and (there := self._there()):
-                raise ConfigError(f"{there} is there already; --restart scores it anew, or choose another output")
             contents = [content(place) for place in self.places]
             sizes = [total(place, of.lines) for place, of in zip(self.places, contents, strict=True)]
             self.summary.total = None if None in sizes else sum(size or 0 for size in sizes)
@@ -174,17 +182,18 @@ class Run:
     def _rows(self, answered: Answered) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Rows of the output, and those that go into the file of errors instead."""
         rows, faults = [], []
+        form = self._form(answered.window.shard)
         for record, answers in zip(answered.records, answered.answers, strict=True):
             where = (self.places[answered.window.shard].name, record.number)
             row = self.shape.row(record.cells, answers, where)
             failed = {task: one for task, one in answers.items() if isinstance(one, Exception)}
-            if not failed and (said := self.form.refused(row)) is not None:
+            if not failed and (said := form.refused(row)) is not None:
                 failed = dict.fromkeys(answers, ConfigError(said))
                 answered.counts["errors"] += 1
             if failed and self.errors is not None:
                 faults.append({**self.shape.kept(record.cells), ERROR: fault(failed, len(answers), where)})
                 continue
-            if failed and self.form.refused(row) is not None:
+            if failed and form.refused(row) is not None:
                 row = self.shape.row({}, failed, where)
             rows.append(row)
         return rows, faults
@@ -203,7 +212,7 @@ class Run:
         self._count(answered)
         if not window.last:
             return
-        files = {"data": self.form.part(held.rows, first=self._first(window))}
+        files = {"data": self._form(window.shard).part(held.rows, first=self._first(window))}
         if held.faults:
             files["errors"] = Lines(Place(self.errors or "", "jsonl")).part(held.faults, first=False)
         if self.settings.metrics:
@@ -238,7 +247,7 @@ class Run:
         for at, target in enumerate(self.targets):
             mine = [one for one in every if len(self.targets) == 1 or one.shard == at]
             with folder.output(target.url) as file:
-                self.form.joined((folder.read(one, "data") or b"" for one in mine), file)
+                self.forms[at].joined((folder.read(one, "data") or b"" for one in mine), file)
         if self.errors is not None:
             with folder.output(self.errors) as file:
                 file.writelines(folder.read(one, "errors") or b"" for one in every)

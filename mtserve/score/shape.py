@@ -55,9 +55,7 @@ class Shape:
     def check(self, names: Sequence[str]) -> None:
         """Raise ConfigError for a column of the input that has the name of one of the output."""
         if both := [name for name in names if name in self.added and (self.keep is None or name in self.keep)]:
-            raise ConfigError(
-                f"the input has a column {both[0]}, as the output would; name those to keep: --keep COLUMN"
-            )
+            raise ConfigError(f"input and output both have a column {both[0]}; name those to keep: --keep COLUMN")
 
     def row(self, cells: Mapping[str, Any], answers: Mapping[str, Any], where: tuple[str, int]) -> dict[str, Any]:
         """Cells of an output row; an answer that is an exception is null there, and its error is told."""

@@ -1,0 +1,421 @@
+"""File to file: every kind and format, what goes wrong with rows, and runs that are broken off."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pandas as pd
+import pyarrow as pa
+import pytest
+from pyarrow import feather, parquet
+
+from mtserve.engine import Engine
+from mtserve.errors import ConfigError, UnknownTaskError
+from mtserve.score import places
+from mtserve.score.cutting import Limits
+from mtserve.score.parts import Parts
+from mtserve.score.plan import Settings, TaskSettings
+from mtserve.score.run import Run, Summary, TooManyErrorsError
+from tests.crashes import Crash
+from tests.labelled import rows
+from tests.score.test_offline import assert_near
+from tests.tiny import tiny
+
+SMALL = Limits(part_rows=5, part_chars=2**20, window_rows=2, window_chars=2**20)
+ANSWERED = {"topic": "topic", "tags": "tags", "names": "names"}
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Engine:
+    return tiny("bert").engine
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Engine:
+    return tiny("gpt2", only=("forth", "topic")).engine
+
+
+def texts(count: int) -> list[dict[str, Any]]:
+    found = rows(tiny("bert", only=("topic",)), "topic", count)
+    return [{"id": at, "text": row["text"]} for at, row in enumerate(found)]
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    return path
+
+
+def make(
+    engine: Engine, source: Path | str, output: Path | str, *tasks: str, limits: Limits = SMALL, **more: Any
+) -> Run:
+    settings = {name: more.pop(name) for name in list(more) if name in Settings.model_fields}
+    chosen = Settings(tasks={task: TaskSettings() for task in tasks}, **settings)
+    return Run(engine, places.inputs(str(source)), str(output), chosen, limits=limits, **more)
+
+
+def scored(engine: Engine, source: Path | str, output: Path | str, *tasks: str, **more: Any) -> Summary:
+    return make(engine, source, output, *tasks, **more).score()
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_answers_of_several_tasks_in_one_pass(encoder: Engine, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", texts(13))
+    summary = scored(encoder, source, tmp_path / "out.jsonl", "topic", "names", limits=Limits())
+    found = lines(tmp_path / "out.jsonl")
+    assert [(row["id"], row["text"], row["error"]) for row in found] == [(r["id"], r["text"], None) for r in texts(13)]
+    for task in ("topic", "names"):
+        answers = encoder.predict(task, [row["text"] for row in texts(13)])
+        assert [row[task] for row in found] == answers  # the plan of rows is the same: bit for bit
+    told = summary.as_dict()
+    assert (told["rows"], told["errors"], told["passes"], told["joined"]) == (13, 0, 1, 13)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+@pytest.mark.parametrize("task", ["topic", "tags", "score", "cosine", "choice", "names"])
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv.gz", "parquet", "arrow"])
+def test_every_kind_in_every_format(encoder: Engine, tmp_path: Path, task: str, ending: str) -> None:
+    records = rows(tiny("bert", only=(task,)), task, 7)
+    source, output = write(tmp_path / "in.jsonl", records), tmp_path / f"out.{ending}"
+    scored(encoder, source, output, task, all_scores=True, **({"form": "flat"} if ending == "jsonl" else {}))
+    kind, options = encoder.task(task).kind, encoder.task(task).options
+    examples = [{name: row[name] for name in kind.example.model_fields if name in row} for row in records]
+    for row, answer in zip(table(output), encoder.predict(task, examples), strict=True):
+        for name, value in {**kind.flat(answer, options), "scores": answer}.items():
+            assert_near(plain(row[f"{task}_{name}"], value), value)
+
+
+def test_translations(decoder: Engine, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", texts(6))
+    scored(decoder, source, tmp_path / "out.parquet", "forth", "topic")
+    answers = decoder.predict("forth", [row["text"] for row in texts(6)])
+    assert [row["forth_text"] for row in table(tmp_path / "out.parquet")] == [
+        one[0]["generated_text"] for one in answers
+    ]
+    scored(decoder, source, tmp_path / "nested.parquet", "forth", form="nested")
+    found = table(tmp_path / "nested.parquet")[0]["forth"][0]
+    assert {name: value for name, value in found.items() if value is not None} == answers[0][0]
+
+
+def table(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".jsonl":
+        return lines(path)
+    if path.suffix == ".parquet":
+        return parquet.read_table(path).to_pylist()
+    if path.suffix == ".arrow":
+        return feather.read_table(path).to_pylist()
+    with places.opened(places.place(str(path))) as file:
+        text = file.read().decode()
+    return list(csv.DictReader(text.splitlines(), delimiter="\t" if ".tsv" in path.name else ","))
+
+
+def plain(cell: Any, like: Any) -> Any:
+    """A cell of text as what it stands for; of a table without the fields that are not there."""
+    if isinstance(cell, str) and not isinstance(like, str):
+        return json.loads(cell)
+    if isinstance(cell, Mapping):
+        return {name: value for name, value in cell.items() if value is not None}
+    return [plain(one, "") for one in cell] if isinstance(cell, list) else cell
+
+
+def test_columns_by_name_of_other_data_sets(encoder: Engine, tmp_path: Path) -> None:
+    asked = {"question": {"stem": "what is it ?", "choices": [{"text": "a"}, {"text": "b"}]}}
+    source = write(tmp_path / "in.jsonl", [asked])
+    columns = {"question": "question.stem", "choices": "question.choices.text"}
+    scored(encoder, source, tmp_path / "out.jsonl", "choice", columns=columns)
+    wanted = encoder.predict("choice", [{"question": "what is it ?", "choices": ["a", "b"]}])[0]
+    assert lines(tmp_path / "out.jsonl")[0]["choice"] == wanted
+    (tmp_path / "in.csv").write_text("stem,one,two\nwhat is it ?,a,b\n")
+    columns = {"question": "stem", "choices": ("one", "two")}
+    scored(encoder, tmp_path / "in.csv", tmp_path / "out2.jsonl", "choice", columns=columns)
+    assert lines(tmp_path / "out2.jsonl")[0]["choice"] == wanted
+
+
+def test_tasks_that_read_other_columns(encoder: Engine, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [{"title": "good", "body": "bad", "text_pair": "fine"}])
+    tasks = {"topic": TaskSettings(columns={"text": "title"}), "score": TaskSettings(columns={"text": "body"})}
+    Run(encoder, places.inputs(str(source)), str(tmp_path / "out.jsonl"), Settings(tasks=tasks)).score()
+    (found,) = lines(tmp_path / "out.jsonl")
+    assert_near(found["topic"], encoder.predict("topic", [{"text": "good", "text_pair": "fine"}])[0])
+    assert_near(found["score"], encoder.predict("score", [{"text": "bad", "text_pair": "fine"}])[0])
+
+
+def test_kept_columns(encoder: Engine, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [{"id": 1, "text": "good", "more": {"a": [1]}}])
+    for keep, wanted in (((), []), (("more", "id"), ["more", "id"]), (None, ["id", "text", "more"])):
+        scored(encoder, source, tmp_path / f"{keep}.jsonl", "topic", keep=keep)
+        assert list(lines(tmp_path / f"{keep}.jsonl")[0]) == [*wanted, "topic", "error"]
+    with pytest.raises(ConfigError, match="there is no column idd to keep; the input has id, text, more"):
+        scored(encoder, source, tmp_path / "x.jsonl", "topic", keep=("idd",))
+
+
+def test_tables_keep_their_types(encoder: Engine, tmp_path: Path) -> None:
+    when = pa.array([1, None, 3], pa.timestamp("us"))
+    made = pa.table({"when": when, "n": pa.array([1, 2, 3], pa.int16()), "text": ["good", "bad", "fine"]})
+    parquet.write_table(made, tmp_path / "in.parquet")
+    scored(encoder, tmp_path / "in.parquet", tmp_path / "out.parquet", "topic")
+    schema = parquet.read_schema(tmp_path / "out.parquet")
+    assert schema.field("when").type == pa.timestamp("us")
+    assert schema.field("n").type == pa.int16()
+    assert list(pd.read_parquet(tmp_path / "out.parquet").topic_label) == [
+        one[0]["label"] for one in encoder.predict("topic", ["good", "bad", "fine"])
+    ]
+
+
+# rows that fail
+
+
+BAD = [
+    {"id": 0, "text": "good"},
+    {"id": 1, "text": 7},
+    {"id": 2},
+    {"id": 3, "text": "bad", "text_pair": "fine"},
+    {"id": 4, "text": "fine"},
+]
+
+
+def test_bad_rows_are_told_and_harm_no_other(encoder: Engine, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", BAD)
+    with source.open("a") as file:
+        file.write("torn {")
+    summary = scored(encoder, source, tmp_path / "out.jsonl", "topic", "score")
+    found = lines(tmp_path / "out.jsonl")
+    assert [row.get("id") for row in found] == [0, 1, 2, 3, 4, None]
+    assert [(row["topic"] is None, row["score"] is None) for row in found] == [
+        *[(False, True), (True, True), (True, True), (False, False), (False, True), (True, True)]
+    ]
+    assert summary.counts["errors"] == 5
+    assert found[1]["error"]["code"] == "invalid_input"
+    assert found[0]["error"]["message"] == "task 'score': text_pair: Field required"
+    assert found[5]["error"]["message"].startswith("not JSON")
+    assert [row["error"] and (row["error"]["row"], row["error"]["file"]) for row in found][5] == (5, "in.jsonl")
+    assert found[3]["error"] is None
+
+
+def test_bad_rows_apart(encoder: Engine, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", BAD * 3)
+    scored(encoder, source, tmp_path / "out.csv", "topic", errors=str(tmp_path / "bad.jsonl"), keep=("id",))
+    assert [row["id"] for row in table(tmp_path / "out.csv")] == ["0", "3", "4"] * 3
+    found = lines(tmp_path / "bad.jsonl")
+    assert [(row["id"], row["error"]["row"]) for row in found] == [(1, 1), (2, 2), (1, 6), (2, 7), (1, 11), (2, 12)]
+
+
+def test_too_many_errors_stop_a_run_that_can_go_on(encoder: Engine, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", BAD * 4)
+    with pytest.raises(TooManyErrorsError, match="4 rows failed; at most 3 may"):
+        scored(encoder, source, tmp_path / "out.jsonl", "topic", max_errors=3)
+    assert not (tmp_path / "out.jsonl").exists()
+    summary = scored(encoder, source, tmp_path / "out.jsonl", "topic", max_errors=8)
+    assert (summary.reused, summary.counts["rows"], summary.counts["errors"]) == (5, 20, 8)
+
+
+def test_a_later_row_that_does_not_fit_the_table(encoder: Engine, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("mtserve.score.plan._LOOK", 2)
+    records: list[dict[str, Any]] = [{"text": "good", "n": n} for n in (1, 2, 3)]
+    source = write(tmp_path / "in.jsonl", [*records, {"text": "bad", "n": "four"}, {"text": "fine", "new": 1}])
+    summary = scored(encoder, source, tmp_path / "out.parquet", "topic")
+    found = table(tmp_path / "out.parquet")
+    assert [row["n"] for row in found] == [1, 2, 3, None, None]
+    assert "not of its column's type" in found[3]["error_message"]
+    assert "the output has no column new" in found[4]["error_message"]
+    assert summary.counts["errors"] == 2
+
+
+@pytest.mark.parametrize(
+    ("tasks", "more", "said"),
+    [
+        (("topic",), {"columns": {"txet": "a"}}, "no task has a field txet; allowed: label, text"),
+        (("topic",), {"columns": {"text": "body"}}, "task 'topic': there is no column body; the row has id, text"),
+        (("choice",), {}, "task 'choice': no column for question; the input has id, text; name one: question=COLUMN"),
+        ((), {}, "choose --task from topic, tags"),
+        (("topic",), {"metrics": True}, "task 'topic': no column for label"),
+    ],
+)
+def test_settings_that_cannot_be(
+    encoder: Engine, tmp_path: Path, tasks: tuple[str, ...], more: dict[str, Any], said: str
+) -> None:
+    source = write(tmp_path / "in.jsonl", texts(2))
+    with pytest.raises(ConfigError, match=said):
+        scored(encoder, source, tmp_path / "out.jsonl", *tasks, **more)
+    with pytest.raises(UnknownTaskError):
+        scored(encoder, source, tmp_path / "out.jsonl", "tpoic")
+    with pytest.raises(ConfigError, match="csv has no nested columns"):
+        scored(encoder, source, tmp_path / "out.csv", "topic", form="nested")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_column_that_has_a_tasks_name(encoder: Engine, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [{"text": "good", "topic": "mine"}])
+    with pytest.raises(ConfigError, match="input and output both have a column topic"):
+        scored(encoder, source, tmp_path / "out.jsonl", "topic")
+    scored(encoder, source, tmp_path / "out.jsonl", "topic", keep=("text",))
+    scored(encoder, source, tmp_path / "flat.jsonl", "topic", form="flat")
+
+
+# measured
+
+
+@pytest.mark.parametrize("task", ["topic", "score", "choice", "names"])
+def test_metrics_are_those_of_training(encoder: Engine, tmp_path: Path, task: str) -> None:
+    records = rows(tiny("bert", only=(task,)), task, 11)
+    wrong = [{**records[0], **({"label": "unheard"} if "label" in records[0] else {})}, *records[1:]]
+    source = write(tmp_path / "in.jsonl", wrong)
+    summary = scored(encoder, source, tmp_path / "out.jsonl", task, metrics=True, keep=())
+    kind, options = encoder.task(task).kind, encoder.task(task).options
+    used = records[1:] if task == "topic" else records
+    examples = [kind.labelled.model_validate(row) for row in used]
+    predictions = encoder.predict(task, [kind.unlabelled(one) for one in examples])
+    assert summary.metrics[task] == pytest.approx(kind.metrics(predictions, examples, options))
+    assert summary.counts["labelled"] == len(used)
+
+
+# broken off
+
+
+def run_once(engine: Engine, source: Path, output: Path) -> Summary:
+    return scored(engine, source, output, "topic", "tags", metrics=False)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "csv", "parquet"])
+def test_a_run_that_crashes_anywhere_goes_on_to_the_same_bytes(
+    encoder: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    source = write(tmp_path / "in.jsonl", texts(13))
+    run_once(encoder, source, tmp_path / f"whole.{ending}")
+    wanted = (tmp_path / f"whole.{ending}").read_bytes()
+    crash, after, done = Crash(monkeypatch), 0, False
+    while not done:
+        output = tmp_path / f"{after}" / f"out.{ending}"
+        output.parent.mkdir()
+        done = crash.run(lambda output=output: run_once(encoder, source, output), after=after)  # type: ignore[misc]
+        assert crash.run(lambda output=output: again(encoder, source, output), after=10_000)  # type: ignore[misc]
+        assert output.read_bytes() == wanted
+        assert [path.name for path in output.parent.iterdir() if not path.name.endswith(".aside")] == [output.name]
+        after += 1
+    assert after > 8
+
+
+def again(engine: Engine, source: Path, output: Path) -> None:
+    """The same command once more, whose output may be there: a crash can come after it."""
+    try:
+        run_once(engine, source, output)
+    except ConfigError as error:
+        assert "is there already" in str(error)  # noqa: PT017
+
+
+def test_what_was_committed_is_not_scored_again(
+    encoder: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = write(tmp_path / "in.jsonl", texts(13)), tmp_path / "out.jsonl"
+    assert not Crash(monkeypatch).run(lambda: run_once(encoder, source, output), after=1 + 2 + 1)
+    monkeypatch.undo()
+    before = encoder.counters.rows
+    assert run_once(encoder, source, output).reused == 5
+    assert encoder.counters.rows - before <= 8
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda source: write(source, texts(12)), r"inputs\[0\].content: .*sha256"),
+        (lambda source: {"keep": ("id",)}, r"settings.keep: null there, \[\"id\"\] now"),
+        (lambda source: {"model": {"manifest": "other"}}, r"model.manifest: null there, \"other\" now"),
+        (lambda source: {"limits": Limits(part_rows=7)}, r"cuts.part_rows: 5 there, 7 now"),
+    ],
+)
+def test_a_run_of_something_else_is_refused(
+    encoder: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, said: str
+) -> None:
+    source, output = write(tmp_path / "in.jsonl", texts(13)), tmp_path / "out.jsonl"
+    assert not Crash(monkeypatch).run(lambda: run_once(encoder, source, output), after=5)
+    monkeypatch.undo()
+    more = change(source)
+    more = more if isinstance(more, dict) else {}
+    with pytest.raises(ConfigError, match=said):
+        scored(encoder, source, output, "topic", "tags", **more)
+    make(encoder, source, output, "topic", "tags", **more).score(restart=True)
+    assert len(lines(output)) in (12, 13)
+
+
+def test_an_output_that_is_there_is_left_alone(encoder: Engine, tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.jsonl", texts(3)), tmp_path / "out.jsonl"
+    output.write_text("mine")
+    with pytest.raises(ConfigError, match="is there already; --restart"):
+        scored(encoder, source, output, "topic")
+    assert output.read_text() == "mine"
+    make(encoder, source, output, "topic").score(restart=True)
+    assert len(lines(output)) == 3
+
+
+def test_a_damaged_part_is_found_and_made_anew(
+    encoder: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = write(tmp_path / "in.jsonl", texts(13)), tmp_path / "out.jsonl"
+    assert not Crash(monkeypatch).run(lambda: run_once(encoder, source, output), after=6)
+    monkeypatch.undo()
+    (tmp_path / "out.jsonl.parts" / "00000-000000.data").write_text("{}")
+    with pytest.raises(Exception, match="is not as it was written; run the command again"):
+        run_once(encoder, source, output)
+    assert run_once(encoder, source, output).reused == 8
+    assert [row["id"] for row in lines(output)] == list(range(13))
+
+
+def hold(output: str, ready: Any, done: Any) -> None:
+    with Parts(output).locked():
+        ready.set()
+        done.wait(30)
+
+
+def test_two_runs_on_one_output_refuse_each_other(encoder: Engine, tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.jsonl", texts(3)), tmp_path / "out.jsonl"
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(str(output), ready, done))
+    other.start()
+    try:
+        assert ready.wait(30)
+        with pytest.raises(ConfigError, match="another run writes"):
+            scored(encoder, source, output, "topic")
+    finally:
+        done.set()
+        other.join()
+    scored(encoder, source, output, "topic")
+
+
+# several files, other places
+
+
+def test_files_of_a_folder_into_one_and_into_many(encoder: Engine, tmp_path: Path) -> None:
+    home = tmp_path / "in"
+    home.mkdir()
+    write(home / "a.jsonl", texts(7))
+    write(home / "b.jsonl", [])
+    parquet.write_table(pa.Table.from_pylist(texts(3)), home / "c.parquet")
+    scored(encoder, home, tmp_path / "one.csv", "topic")
+    assert [row["id"] for row in table(tmp_path / "one.csv")] == [*map(str, range(7)), "0", "1", "2"]
+    scored(encoder, home, f"{tmp_path}/many/", "topic")
+    assert [len(lines(tmp_path / "many" / name)) for name in ("a.jsonl", "b.jsonl")] == [7, 0]
+    assert len(table(tmp_path / "many" / "c.parquet")) == 3
+
+
+def test_other_file_systems(encoder: Engine, tmp_path: Path, memory: Any) -> None:
+    memory.pipe_file("/data/in.jsonl", write(tmp_path / "in.jsonl", texts(13)).read_bytes())
+    scored(encoder, "memory://data/in.jsonl", "memory://data/out.jsonl", "topic")
+    scored(encoder, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "topic")
+    assert memory.cat_file("/data/out.jsonl") == (tmp_path / "out.jsonl").read_bytes()
+    assert sorted(memory.ls("/data", detail=False)) == ["/data/in.jsonl", "/data/out.jsonl"]
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    found = fsspec.filesystem("memory")
+    yield found
+    found.rm("/data", recursive=True)

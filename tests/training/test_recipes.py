@@ -102,7 +102,7 @@ def test_every_form_parses_and_says_what_it_is(recipe: str, form: str) -> None:
     found = config(recipe, form)
     assert found.seed == 0
     own = {("shakespeare", "local"): 2e-4, ("shakespeare", "judge"): 1e-4}  # no write-up's: small trunks
-    small = ("arabic_hotels", "arabic_ner", "glue_trio")
+    small = ("arabic_hotels", "arabic_ner")
     own |= {(name, form): 1e-4 for name in small for form in ("data_dir", "tune")}
     assert found.training.learning_rate == own.get((recipe, form)) or found.training.learning_rate < 1e-4
     text = find(recipe).read_text(encoding="utf-8")

@@ -182,6 +182,18 @@ def _checked(checkpoints: Sequence[Checkpoint], profile: str | None, there: Hard
     return profile
 
 
+def profile_for(checkpoint: Checkpoint, *, profile: str | None, device: str) -> str:
+    """The profile in which `load_checkpoint` would load it here. Raises as that does."""
+    exported = checkpoint.manifest.exported
+    if exported is not None:
+        return exported.profile
+    try:
+        from mtserve.backends import hardware
+    except ImportError as error:
+        raise MissingExtraError("running a torch checkpoint", "torch") from error
+    return _checked([checkpoint], profile, hardware.hardware(hardware.device(device)), accepted_only=True)
+
+
 def in_force(engine: Engine, fingerprint: str) -> InForce:
     """How an engine that `load_checkpoint` made computes."""
     backend = engine.backend

@@ -33,7 +33,7 @@ LAYERS: list[set[str]] = [
     {"engine"},
     {"golden", "scheduler"},
     {"loading", "interop", "comparison"},
-    {"inspection", "speeds"},
+    {"inspection", "speeds", "share", "opening"},
     {"tuning"},
     {"export"},
     {"shown"},

@@ -49,6 +49,7 @@ def score(
     input_format: Annotated[str | None, typer.Option(help="jsonl, csv, tsv, parquet or arrow.")] = None,
     output_format: Annotated[str | None, typer.Option(help="Likewise.")] = None,
     quotes: Annotated[bool, typer.Option(help="Whether quotes in CSV and TSV quote; GLUE's files have none.")] = True,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, each with a GPU or its part of the cores.")] = 1,
     restart: Annotated[bool, typer.Option("--restart", help="Score anew what is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -58,12 +59,15 @@ def score(
     is given again. Exit code 1 if any row failed.
     """
     from mtserve.checkpoint import Checkpoint, sha256_file
-    from mtserve.loading import load
+    from mtserve.engine import Task
+    from mtserve.loading import profile_for
     from mtserve.manifest import MANIFEST
     from mtserve.resolve import resolve
     from mtserve.score import places
     from mtserve.score.progress import Progress
-    from mtserve.score.run import Run, TooManyErrorsError, told
+    from mtserve.score.run import Here, Run, TooManyErrorsError, Workers, told
+    from mtserve.score.workers import Processes, engine_for
+    from mtserve.settings import read_settings
 
     given = {"text": text, "text_pair": text_pair, "question": question, "choices": choices, "words": words}
     columns = {name: value for name, value in given.items() if value is not None} | named(column, "--column")
@@ -82,24 +86,23 @@ def score(
     chosen = _settings(flags, settings)
     files = places.inputs(source, None if input_format is None else places.as_format(input_format), quotes=quotes)
     folder = resolve(model)
-    engine = load(str(folder))
+    checkpoint, own = Checkpoint.open(folder), read_settings()
+    tasks = {one.name: Task(one.name, one.handler, one.parsed_options) for one in checkpoint.manifest.tasks}
+    profile = profile_for(checkpoint, profile=None if own.profile == "auto" else own.profile, device=own.device)
     run = Run(
-        engine,
+        tasks,
         files,
         output,
         chosen,
         output_format=None if output_format is None else places.as_format(output_format),
         errors=errors,
-        model={
-            "manifest": sha256_file(folder / MANIFEST),
-            "profile": engine.backend.profile,
-            "tasks": [one.name for one in Checkpoint.open(folder).manifest.tasks],
-        },
+        model={"manifest": sha256_file(folder / MANIFEST), "profile": profile},
     )
+    by: Workers = Processes(str(folder), own, workers) if workers > 1 else Here(engine_for(str(folder), own))
     try:
         with Progress(sys.stderr) as progress:
             run.say = progress.told
-            summary = run.score(restart=restart)
+            summary = run.score(by, restart=restart)
     except TooManyErrorsError as error:
         typer.echo(f"mtserve: {error}; the same command goes on", err=True)
         raise typer.Exit(1) from None

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mtserve.engine import Engine
-from mtserve.errors import ConfigError
+from mtserve.engine import Task
+from mtserve.errors import ConfigError, UnknownTaskError
 from mtserve.score.columns import Columns
 from mtserve.score.cutting import Limits
 from mtserve.score.places import Format, Place
@@ -58,28 +58,29 @@ class Settings(BaseModel):
     max_errors: int | None = Field(default=None, ge=0)
 
 
-def asked(engine: Engine, settings: Settings) -> list[Asked]:
+def asked(known: Mapping[str, Task], settings: Settings) -> list[Asked]:
     """The tasks with their columns. Raises UnknownTaskError, ConfigError."""
-    names = [*settings.tasks] or ([*engine.tasks] if len(engine.tasks) == 1 else [])
+    names = [*settings.tasks] or ([*known] if len(known) == 1 else [])
     if not names:
-        raise ConfigError(f"choose --task from {', '.join(engine.tasks)}")
-    found, known = [], set[str]()
+        raise ConfigError(f"choose --task from {', '.join(known)}")
+    found, fields = [], set[str]()
     for name in names:
-        kind, own = engine.task(name).kind, settings.tasks.get(name, TaskSettings())
-        known |= set(kind.labelled.model_fields)
+        if name not in known:
+            raise UnknownTaskError(name, known)
+        kind, own = known[name].kind, settings.tasks.get(name, TaskSettings())
+        fields |= set(kind.labelled.model_fields)
         shared = {field: of for field, of in settings.columns.items() if field in kind.labelled.model_fields}
-        found.append(Asked(name, Columns(kind, shared | own.columns), own.parameters, settings.metrics))
-    if unknown := sorted(set(settings.columns) - known):
-        raise ConfigError(f"no task has a field {unknown[0]}; allowed: {', '.join(sorted(known))}")
+        found.append(Asked(known[name], Columns(kind, shared | own.columns), own.parameters, settings.metrics))
+    if unknown := sorted(set(settings.columns) - fields):
+        raise ConfigError(f"no task has a field {unknown[0]}; allowed: {', '.join(sorted(fields))}")
     return found
 
 
-def shape(engine: Engine, settings: Settings, tasks: Sequence[Asked], output: Format) -> Shape:
+def shape(tasks: Sequence[Asked], settings: Settings, output: Format) -> Shape:
     form = settings.form or ("nested" if output == "jsonl" else "flat")
     if form == "nested" and output in ("csv", "tsv"):
         raise ConfigError(f"{output} has no nested columns; allowed: form flat")
-    of = {one.name: (engine.task(one.name).kind, engine.task(one.name).options) for one in tasks}
-    return Shape(form, of, settings.keep, settings.all_scores)
+    return Shape(form, [one.task for one in tasks], settings.keep, settings.all_scores)
 
 
 def columns_plan(places: Sequence[Place], tasks: Sequence[Asked], shape: Shape, output: Format) -> dict[str, Any]:

@@ -1,29 +1,25 @@
-"""A run of scoring: what is there already, what is to be done, one window after another, all parts together."""
+"""A run of scoring: what is there already, what is to be done, who does it, all parts together."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from mtserve.engine import Engine
+from mtserve.engine import Engine, Task
 from mtserve.errors import ConfigError, MtserveError
-from mtserve.overlap import overlapped
-from mtserve.score.cutting import Limits, Window, parts
+from mtserve.score.cutting import Limits, Part, parts
+from mtserve.score.job import Answerer, Job, Told, nothing_counted
 from mtserve.score.parts import Parts, Receipt
-from mtserve.score.places import STREAM, Place, content, opened, targets
+from mtserve.score.places import STREAM, Content, Format, Place, content, opened, targets
 from mtserve.score.plan import Settings, asked, columns_plan, key, shape
 from mtserve.score.records import read, total
-from mtserve.score.scorer import COUNTS, Answered, Scorer, pack, together, unpack
-from mtserve.score.shape import ERROR, Shape, fault
-from mtserve.score.writing import Form, Lines, form_of
+from mtserve.score.scorer import COUNTS, together, unpack
 from mtserve.tasks.measures import Metrics
-
-Say = Callable[["Summary"], None]
 
 
 class TooManyErrorsError(MtserveError):
@@ -42,13 +38,13 @@ class Summary:
     metrics   by task, of rows that have a truth
     """
 
-    counts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+    counts: dict[str, float] = field(default_factory=nothing_counted)
     reused: int = 0
     total: int | None = None
     seconds: float = 0.0
     metrics: dict[str, Metrics] = field(default_factory=dict)
 
-    def add(self, counts: Any) -> None:
+    def add(self, counts: Mapping[str, float]) -> None:
         for name in COUNTS:
             self.counts[name] += counts.get(name, 0)
 
@@ -61,113 +57,126 @@ class Summary:
         return {**found, "reused": self.reused, "padding": round(padding, 4), **rate, "metrics": self.metrics}
 
 
-@dataclass
-class _Open:
-    """The part that is being scored."""
+class Workers(Protocol):
+    """Who scores parts."""
 
-    start: int = 0
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    faults: list[dict[str, Any]] = field(default_factory=list)
-    outcomes: list[Any] = field(default_factory=list)
-    summary: Summary = field(default_factory=Summary)
-    count: int = 0
+    def run(self, job: Job, todo: Iterator[Part], folder: Parts, told: Told) -> Iterator[Receipt]:
+        """Receipts of parts that are committed; `told` hears of each window, and what it raises ends it all."""
+        ...
+
+
+class Here:
+    """This process, with an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def run(self, job: Job, todo: Iterator[Part], folder: Parts, told: Told) -> Iterator[Receipt]:
+        for receipt, files in self.answerer(job).parts(todo, told):
+            yield folder.commit(receipt, files)
+
+    def answerer(self, job: Job) -> Answerer:
+        return job.by(self.engine)
 
 
 class Run:
-    """One input, one output, one engine. `score` does it all and gives the summary."""
+    """One input and one output.
+
+    model   what else must be the same for a run to go on: which model, in which profile
+    errors  a file for rows that fail
+    say     hears of the sums after each window
+
+    Raises ConfigError and UnknownTaskError for what cannot be.
+    """
 
     def __init__(
         self,
-        engine: Engine,
+        tasks: Mapping[str, Task],
         places: Sequence[Place],
         output: str,
         settings: Settings,
         *,
-        output_format: Any = None,
+        output_format: Format | None = None,
         errors: str | None = None,
         limits: Limits | None = None,
-        model: Any = None,
+        model: Mapping[str, Any] | None = None,
+        say: Callable[[Summary], None] = lambda summary: None,
     ) -> None:
-        self.engine, self.places, self.url, self.settings = engine, list(places), output, settings
-        self.errors, self.limits, self.model = errors, limits or Limits(), model or {}
-        self.say: Say = lambda summary: None
+        self.known, self.places, self.url, self.settings = tasks, list(places), output, settings
+        self.errors, self.limits, self.model, self.say = errors, limits or Limits(), model or {}, say
         self.targets = targets(self.places, output, output_format)
-        self.tasks = asked(engine, settings)
-        self.shape: Shape = shape(engine, settings, self.tasks, self.targets[0].format)
-        self.scorer = Scorer(engine, self.tasks)
+        self.tasks = asked(tasks, settings)
+        self.shape = shape(self.tasks, settings, self.targets[0].format)
         self.summary = Summary()
-        self._open = _Open()
-        self._done: dict[tuple[int, int], Receipt] = {}
 
-    def score(self, *, restart: bool = False) -> Summary:
+    def score(self, by: Workers, *, restart: bool = False) -> Summary:
         """Raises SetupError before anything is scored, TooManyErrorsError after."""
         began = time.perf_counter()
-        streamed = self.places[0].url == STREAM
-        if streamed and self.targets[0].format != "jsonl":
+        piped = self.places[0].url == STREAM
+        if piped and self.targets[0].format != "jsonl":
             raise ConfigError("the columns of what comes over a pipe are not known before; allowed: output in jsonl")
-        plan = [{} if streamed else self._planned(at, target) for at, target in enumerate(self.targets)]
-        self.forms = [form_of(target, one) for target, one in zip(self.targets, plan, strict=True)]
+        plan: list[Mapping[str, Any]] = [
+            {} if piped else columns_plan(self._into(at), self.tasks, self.shape, target.format)
+            for at, target in enumerate(self.targets)
+        ]
+        names = [place.name for place in self.places]
+        job = Job(self.settings, names, self.targets, plan, self.errors is not None, self.limits)
         if self.url == STREAM:
-            self._to_stdout()
+            self._to_stdout(job, by)
         else:
-            self._to_parts(plan, restart=restart or streamed)
+            self._to_parts(job, by, restart=restart or piped)
         self.summary.seconds = time.perf_counter() - began
         return self.summary
 
-    def _planned(self, at: int, target: Place) -> dict[str, Any]:
-        """Columns of an output, by the files that go into it."""
-        places = self.places if len(self.targets) == 1 else [self.places[at]]
-        return columns_plan(places, self.tasks, self.shape, target.format)
+    def _into(self, target: int) -> list[Place]:
+        """Files of the input whose rows go into an output."""
+        return self.places if len(self.targets) == 1 else [self.places[target]]
 
-    def _form(self, shard: int) -> Form:
-        return self.forms[0 if len(self.forms) == 1 else shard]
-
-    def _to_stdout(self) -> None:
-        first = True
-        for answered in self._answered({}):
-            rows, _ = self._rows(answered)
-            sys.stdout.buffer.write(self.forms[0].part(rows, first=first))
+    def _to_stdout(self, job: Job, by: Workers) -> None:
+        """Window by window, with nothing to go on with."""
+        if not isinstance(by, Here) or self.errors is not None:
+            raise ConfigError("what goes to stdout is scored in one process, with its errors in it")
+        answerer, outcomes = by.answerer(job), []
+        windows = (window for part in self._todo({}) for window in part.windows(self.limits))
+        for number, answered in enumerate(answerer.answered(windows)):
+            rows, _ = answerer.rows(answered)
+            sys.stdout.buffer.write(answerer.forms[0].part(rows, first=number == 0))
             sys.stdout.buffer.flush()
-            first = False
-            self._open.outcomes.append(answered.outcomes)
-            self._count(answered)
-        self._measure(self._open.outcomes)
+            outcomes.append(answered.outcomes)
+            self._told(answered.counts)
+        self._measure(outcomes)
 
-    def _to_parts(self, plan: Any, *, restart: bool) -> None:
+    def _to_parts(self, job: Job, by: Workers, *, restart: bool) -> None:
         folder = Parts(self.url)
         if folder.read_run() is None and not restart and (there := self._there()):
             raise ConfigError(f"{there} is there already; --restart scores it anew, or choose another output")
         with folder.locked():
-            contents = [content(place) for place in self.places]
-            sizes = [total(place, of.lines) for place, of in zip(self.places, contents, strict=True)]
-            self.summary.total = None if None in sizes else sum(size or 0 for size in sizes)
-            marks = [(place.url, of.mark) for place, of in zip(self.places, contents, strict=True)]
-            wanted = key(
-                model=self.model,
-                inputs=marks,
-                settings=self.settings,
-                limits=self.limits,
-                plan=plan,
-                outputs=[one.url for one in self.targets],
-                errors=self.errors,
-            )
-            folder.begin(wanted, restart=restart)
-            self._done = folder.receipts()
-            for receipt in self._done.values():
+            folder.begin(self._key(job, [content(place) for place in self.places]), restart=restart)
+            done = folder.receipts()
+            for receipt in done.values():
                 self.summary.add(receipt.counts)
                 self.summary.reused += receipt.rows
-            self._check_errors()
-            for answered in self._answered(self._done):
-                self._take(answered, folder)
-            self._assemble(folder)
+            self._told({})
+            for receipt in by.run(job, self._todo(done), folder, self._told):
+                done[receipt.shard, receipt.part] = receipt
+            self._assemble(job, folder, [done[at] for at in sorted(done)])
             folder.remove()
 
-    def _answered(self, done: Any) -> Iterator[Answered]:
-        for computed in overlapped(self._windows(done), self.scorer.prepare, self.scorer.compute):
-            yield self.scorer.answer(computed)
+    def _key(self, job: Job, contents: Sequence[Content]) -> Mapping[str, Any]:
+        sizes = [total(place, of.lines) for place, of in zip(self.places, contents, strict=True)]
+        self.summary.total = None if None in sizes else sum(size or 0 for size in sizes)
+        return key(
+            model=self.model,
+            inputs=[(place.url, of.mark) for place, of in zip(self.places, contents, strict=True)],
+            settings=self.settings,
+            limits=self.limits,
+            plan=job.plan,
+            outputs=[one.url for one in self.targets],
+            errors=self.errors,
+        )
 
-    def _windows(self, done: Any) -> Iterator[Window]:
-        """Of the parts that are not there yet."""
+    def _todo(self, done: Mapping[tuple[int, int], Receipt]) -> Iterator[Part]:
+        """Parts that are not there yet."""
         for shard, place in enumerate(self.places):
             number, start, over = 0, 0, False
             while (shard, number) in done and not over:
@@ -177,87 +186,32 @@ class Run:
                 continue
             for part in parts(read(place, start=start), shard, self.limits, number=number, start=start):
                 if (shard, part.number) not in done:
-                    yield from part.windows(self.limits)
+                    yield part
 
-    def _rows(self, answered: Answered) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Rows of the output, and those that go into the file of errors instead."""
-        rows, faults = [], []
-        form = self._form(answered.window.shard)
-        for record, answers in zip(answered.records, answered.answers, strict=True):
-            where = (self.places[answered.window.shard].name, record.number)
-            row = self.shape.row(record.cells, answers, where)
-            failed = {task: one for task, one in answers.items() if isinstance(one, Exception)}
-            if not failed and (said := form.refused(row)) is not None:
-                failed = dict.fromkeys(answers, ConfigError(said))
-                answered.counts["errors"] += 1
-            if failed and self.errors is not None:
-                faults.append({**self.shape.kept(record.cells), ERROR: fault(failed, len(answers), where)})
-                continue
-            if failed and form.refused(row) is not None:
-                row = self.shape.row({}, failed, where)
-            rows.append(row)
-        return rows, faults
-
-    def _take(self, answered: Answered, folder: Parts) -> None:
-        """A window into the part that is open; the last one closes it."""
-        held, window = self._open, answered.window
-        rows, faults = self._rows(answered)
-        if not held.count and window.records:
-            held.start = window.records[0].number
-        held.rows += rows
-        held.faults += faults
-        held.outcomes.append(answered.outcomes)
-        held.count += len(window.records)
-        held.summary.add(answered.counts)
-        self._count(answered)
-        if not window.last:
-            return
-        files = {"data": self._form(window.shard).part(held.rows, first=self._first(window))}
-        if held.faults:
-            files["errors"] = Lines(Place(self.errors or "", "jsonl")).part(held.faults, first=False)
-        if self.settings.metrics:
-            files["outcomes"] = pack(together(held.outcomes))
-        receipt = Receipt(
-            shard=window.shard,
-            part=window.part,
-            start=held.start,
-            rows=held.count,
-            last=window.last_of_file,
-            counts=held.summary.counts,
-        )
-        self._done[window.shard, window.part] = folder.commit(receipt, files)
-        self._open = _Open()
-
-    def _first(self, window: Window) -> bool:
-        """Whether a part is the first of its output."""
-        return window.part == 0 and (window.shard == 0 or len(self.targets) > 1)
-
-    def _count(self, answered: Answered) -> None:
-        self.summary.add(answered.counts)
+    def _told(self, counts: Mapping[str, float]) -> None:
+        self.summary.add(counts)
         self.say(self.summary)
-        self._check_errors()
-
-    def _check_errors(self) -> None:
         most, found = self.settings.max_errors, int(self.summary.counts["errors"])
         if most is not None and found > most:
             raise TooManyErrorsError(f"{found} rows failed; at most {most} may (--max-errors)")
 
-    def _assemble(self, folder: Parts) -> None:
-        every = [self._done[at] for at in sorted(self._done)]
-        for at, target in enumerate(self.targets):
-            mine = [one for one in every if len(self.targets) == 1 or one.shard == at]
+    def _assemble(self, job: Job, folder: Parts, every: Sequence[Receipt]) -> None:
+        from mtserve.score.writing import form_of
+
+        for at, (target, plan) in enumerate(zip(self.targets, job.plan, strict=True)):
+            mine = [one for one in every if job.at(one.shard) == at]
             with folder.output(target.url) as file:
-                self.forms[at].joined((folder.read(one, "data") or b"" for one in mine), file)
+                form_of(target, plan).joined((folder.read(one, "data") or b"" for one in mine), file)
         if self.errors is not None:
             with folder.output(self.errors) as file:
                 file.writelines(folder.read(one, "errors") or b"" for one in every)
         kept = (folder.read(one, "outcomes") for one in every)
         self._measure([unpack(content) for content in kept if content is not None])
 
-    def _measure(self, outcomes: Sequence[Any]) -> None:
-        for task, of in together(outcomes).items():
-            known = self.engine.task(task)
-            self.summary.metrics[task] = known.kind.score(of, known.options)
+    def _measure(self, outcomes: Sequence[Mapping[str, Sequence[Any]]]) -> None:
+        for name, of in together(outcomes).items():
+            task = self.known[name]
+            self.summary.metrics[name] = task.kind.score(of, task.options)
 
     def _there(self) -> str | None:
         """An output that is there already."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mtserve.engine import Engine
+from mtserve.engine import Engine, Task
 from mtserve.errors import InputError, Problem
 from mtserve.observer import Observer, Ran
 from mtserve.offline import Each
@@ -28,10 +28,14 @@ COUNTS = ("rows", "errors", "truncated", "joined", "tokens", "padded", "passes",
 class Asked:
     """A task that rows are to be answered for; `labelled` rows are measured too."""
 
-    name: str
+    task: Task
     columns: Columns
     parameters: Mapping[str, Any] = field(default_factory=dict)
     labelled: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.task.name
 
 
 class Ledger(Observer):
@@ -121,7 +125,7 @@ class Scorer:
 
     def _outcomes(self, asked: Asked, window: Computing, answers: Sequence[Mapping[str, Any]]) -> Sequence[Any]:
         """Of the rows that have a prediction and a truth that the task knows."""
-        options, kind = self.engine.task(asked.name).options, asked.columns.kind
+        options, kind = asked.task.options, asked.task.kind
         predictions, examples = [], []
         for record, item, row in zip(window.window.records, window.items[asked.name], answers, strict=True):
             if isinstance(item, InputError) or isinstance(row[asked.name], Exception):

@@ -5,24 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from mtserve.backends.runtime import Runtime
 from mtserve.checkpoint import Checkpoint
-from mtserve.engine import Engine, Task
+from mtserve.engine import Task
 from mtserve.errors import ConfigError
 from mtserve.golden import GoldenReport
-from mtserve.loading import InForce, in_force, load_checkpoint, reproduced
-from mtserve.manifest import Speed, check_task_name
+from mtserve.loading import reproduced
+from mtserve.manifest import check_task_name
 from mtserve.observer import Observer
+from mtserve.opening import Loaded, opened
 from mtserve.resolve import resolve
 from mtserve.scheduler import Scheduler
 from mtserve.serve.keys import Keys
 from mtserve.serve.model import LocalModel, Model, Queue
-from mtserve.serve.share import Share
 from mtserve.serve.table import ServedTask, ServedTrunk, TaskTable, clash
 from mtserve.settings import Settings
+from mtserve.share import Share
 from mtserve.stepper import InThread
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def _load_table(settings: Settings, workers: int, observer: Callable[[str], Obse
     checkpoints = check_settings(settings)
     torch = any(each.manifest.exported is None for each in checkpoints)
     share = Share.of(settings, workers=workers, torch=torch)
-    loaded = [_load(together, settings, share.threads) for together in grouped(checkpoints)]
+    loaded = [opened(together, settings, share.threads) for together in grouped(checkpoints)]
     share.settle([speed for each in loaded for speed in each.speeds(share.cores)])
     golden = {
         name: report for each in loaded for one in each.checkpoints for name, report in reproduced(each.engine, one)
@@ -136,47 +136,6 @@ def _load_table(settings: Settings, workers: int, observer: Callable[[str], Obse
     return table
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """Checkpoints of one trunk with their engine."""
-
-    checkpoints: Sequence[Checkpoint]
-    engine: Engine
-    in_force: InForce
-
-    @property
-    def fingerprint(self) -> str:
-        return self.checkpoints[0].manifest.trunk.fingerprint
-
-    def speeds(self, cores: int) -> list[Speed]:
-        """What tuning found for the profile in force on hardware like this with so many cores."""
-        of = [each.manifest.profiles.get(self.in_force.profile) for each in self.checkpoints]
-        found = [None if one is None else one.speeds.get(self.in_force.hardware.key) for one in of]
-        return [speed for speed in found if speed is not None and speed.cores == cores]
-
-
-def _load(checkpoints: Sequence[Checkpoint], settings: Settings, threads: int) -> _Loaded:
-    engine = load_checkpoint(
-        *checkpoints,
-        profile=None if settings.profile == "auto" else settings.profile,
-        device=settings.device,
-        capture=settings.capture,
-        max_batch_tokens=settings.max_batch_tokens,
-        max_past_tokens=settings.max_past_tokens,
-        runtime=Runtime(
-            device=settings.device,
-            providers=settings.onnx_providers,
-            device_id=settings.onnx_device_id,
-            threads=threads,
-            arena=settings.onnx_arena,
-            memory_mib=settings.onnx_memory_mib,
-            cuda_graph=settings.onnx_cuda_graph,
-            io_binding=settings.onnx_io_binding,
-        ),
-    )
-    return _Loaded(checkpoints, engine, in_force(engine, checkpoints[0].manifest.trunk.fingerprint))
-
-
 def _say(trunk: ServedTrunk) -> None:
     """Log how a trunk computes."""
     entry, how = trunk.entry, trunk.in_force
@@ -185,7 +144,7 @@ def _say(trunk: ServedTrunk) -> None:
     logger.info("trunk %s (%s): profile %s on %s, %s, %d threads", *found)
 
 
-def _queue(loaded: _Loaded, settings: Settings, observer: Observer, thread: ThreadPoolExecutor | None) -> Queue:
+def _queue(loaded: Loaded, settings: Settings, observer: Observer, thread: ThreadPoolExecutor | None) -> Queue:
     """The one of a trunk, for all tasks on it; `thread` is the one in which several trunks compute."""
     from mtserve.backends.machine import trim_memory
 

@@ -34,10 +34,10 @@ from mtserve.serve.loading import check_settings, load_table
 from mtserve.serve.metrics import metrics
 from mtserve.serve.process import remote_table
 from mtserve.serve.remote import wait_for_facts
-from mtserve.serve.share import wait_briefly
 from mtserve.serve.supervision import give_up, refuse, supervise
 from mtserve.serve.table import Root, TaskTable
 from mtserve.settings import Settings, read_settings
+from mtserve.share import wait_briefly
 
 MARGIN_S = 30.0
 """By how much BentoML's own timeout is longer than ours, so that ours answers first."""

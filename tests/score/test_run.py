@@ -21,7 +21,7 @@ from mtserve.score import places
 from mtserve.score.cutting import Limits
 from mtserve.score.parts import Parts
 from mtserve.score.plan import Settings, TaskSettings
-from mtserve.score.run import Run, Summary, TooManyErrorsError
+from mtserve.score.run import Here, Run, Summary, TooManyErrorsError
 from tests.crashes import Crash
 from tests.labelled import rows
 from tests.score.test_offline import assert_near
@@ -56,11 +56,11 @@ def make(
 ) -> Run:
     settings = {name: more.pop(name) for name in list(more) if name in Settings.model_fields}
     chosen = Settings(tasks={task: TaskSettings() for task in tasks}, **settings)
-    return Run(engine, places.inputs(str(source)), str(output), chosen, limits=limits, **more)
+    return Run(engine.tasks, places.inputs(str(source)), str(output), chosen, limits=limits, **more)
 
 
 def scored(engine: Engine, source: Path | str, output: Path | str, *tasks: str, **more: Any) -> Summary:
-    return make(engine, source, output, *tasks, **more).score()
+    return make(engine, source, output, *tasks, **more).score(Here(engine))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -142,7 +142,8 @@ def test_columns_by_name_of_other_data_sets(encoder: Engine, tmp_path: Path) -> 
 def test_tasks_that_read_other_columns(encoder: Engine, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [{"title": "good", "body": "bad", "text_pair": "fine"}])
     tasks = {"topic": TaskSettings(columns={"text": "title"}), "score": TaskSettings(columns={"text": "body"})}
-    Run(encoder, places.inputs(str(source)), str(tmp_path / "out.jsonl"), Settings(tasks=tasks)).score()
+    run = Run(encoder.tasks, places.inputs(str(source)), str(tmp_path / "out.jsonl"), Settings(tasks=tasks))
+    run.score(Here(encoder))
     (found,) = lines(tmp_path / "out.jsonl")
     assert_near(found["topic"], encoder.predict("topic", [{"text": "good", "text_pair": "fine"}])[0])
     assert_near(found["score"], encoder.predict("score", [{"text": "bad", "text_pair": "fine"}])[0])
@@ -341,7 +342,7 @@ def test_a_run_of_something_else_is_refused(
     more = more if isinstance(more, dict) else {}
     with pytest.raises(ConfigError, match=said):
         scored(encoder, source, output, "topic", "tags", **more)
-    make(encoder, source, output, "topic", "tags", **more).score(restart=True)
+    make(encoder, source, output, "topic", "tags", **more).score(Here(encoder), restart=True)
     assert len(lines(output)) in (12, 13)
 
 
@@ -351,7 +352,7 @@ def test_an_output_that_is_there_is_left_alone(encoder: Engine, tmp_path: Path) 
     with pytest.raises(ConfigError, match="is there already; --restart"):
         scored(encoder, source, output, "topic")
     assert output.read_text() == "mine"
-    make(encoder, source, output, "topic").score(restart=True)
+    make(encoder, source, output, "topic").score(Here(encoder), restart=True)
     assert len(lines(output)) == 3
 
 

@@ -22,7 +22,8 @@ def names(requirements: list[str]) -> set[str]:
 def test_extras() -> None:
     extras = PROJECT["optional-dependencies"]
     assert set(extras) == {
-        *("torch", "serve", "train", "export", "onnx", "gpu", "ray", "ui", "dev", "stemming", "farasa")
+        *("torch", "serve", "train", "export", "onnx", "gpu", "ray", "ui", "dev", "stemming", "farasa"),
+        *("score", "s3", "gs", "az"),
     }
     assert "torch>=2.11" in extras["torch"]
     assert not names(PROJECT["dependencies"]) & {"torch", "transformers", "bentoml"}
@@ -36,7 +37,7 @@ def test_what_is_installed_for_development_is_pinned() -> None:
     assert "torch==2.13.0" in pins
     extras = PROJECT["optional-dependencies"]
     wanted = names(PROJECT["dependencies"]).union(
-        *(names(extras[e]) for e in ("torch", "serve", "train", "onnx", "export", "dev"))
+        *(names(extras[e]) for e in ("torch", "serve", "train", "onnx", "export", "score", "dev"))
     )
     assert wanted - {"mtserve"} <= names(pins)
 

@@ -122,7 +122,7 @@ def _settings(flags: dict[str, Any], path: Path | None) -> Any:
     said: dict[str, Any] = {}
     if path is not None:
         said = _yaml(path)
-    given = {name: value for name, value in flags.items() if value not in (None, False, {})}
+    given = {name: value for name, value in flags.items() if value is not None and value is not False and value != {}}
     for name in ("tasks", "columns"):
         if name in said and name in given:
             given[name] = {**said[name], **given[name]}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from itertools import islice
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mtserve.engine import Task
-from mtserve.errors import ConfigError, UnknownTaskError
+from mtserve.errors import ConfigError, MissingExtraError, UnknownTaskError
 from mtserve.score.columns import Columns
 from mtserve.score.cutting import Limits
 from mtserve.score.places import Format, Place
@@ -60,6 +61,8 @@ class Settings(BaseModel):
 
 def asked(known: Mapping[str, Task], settings: Settings) -> list[Asked]:
     """The tasks with their columns. Raises UnknownTaskError, ConfigError."""
+    if settings.metrics and any(find_spec(name) is None for name in ("sklearn", "scipy", "sacrebleu")):
+        raise MissingExtraError("measuring answers", "train")
     names = [*settings.tasks] or ([*known] if len(known) == 1 else [])
     if not names:
         raise ConfigError(f"choose --task from {', '.join(known)}")

@@ -49,6 +49,9 @@ def score(
     input_format: Annotated[str | None, typer.Option(help="jsonl, csv, tsv, parquet or arrow.")] = None,
     output_format: Annotated[str | None, typer.Option(help="Likewise.")] = None,
     quotes: Annotated[bool, typer.Option(help="Whether quotes in CSV and TSV quote; GLUE's files have none.")] = True,
+    part_rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows that are committed at once: 8192, or 512 where a task generates.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes, each with a GPU or its part of the cores.")] = 1,
     restart: Annotated[bool, typer.Option("--restart", help="Score anew what is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
@@ -64,6 +67,7 @@ def score(
     from mtserve.manifest import MANIFEST
     from mtserve.resolve import resolve
     from mtserve.score import places
+    from mtserve.score.plan import limits_for
     from mtserve.score.progress import Progress
     from mtserve.score.run import Here, Run, TooManyErrorsError, Workers, told
     from mtserve.score.workers import Processes, engine_for
@@ -96,6 +100,7 @@ def score(
         chosen,
         output_format=None if output_format is None else places.as_format(output_format),
         errors=errors,
+        limits=limits_for([tasks[name] for name in chosen.tasks or tasks if name in tasks], part_rows),
         model={"manifest": sha256_file(folder / MANIFEST), "profile": profile},
     )
     by: Workers = Processes(str(folder), own, workers) if workers > 1 else Here(engine_for(str(folder), own))

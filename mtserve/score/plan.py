@@ -79,6 +79,12 @@ def asked(known: Mapping[str, Task], settings: Settings) -> list[Asked]:
     return found
 
 
+def limits_for(tasks: Sequence[Task], part_rows: int | None) -> Limits:
+    """Fewer rows in a part, as in a window, where an answer takes many steps."""
+    rows = part_rows or (512 if any(task.kind.causal for task in tasks) else Limits.part_rows)
+    return Limits(part_rows=rows, window_rows=min(rows, Limits.window_rows))
+
+
 def shape(tasks: Sequence[Asked], settings: Settings, output: Format) -> Shape:
     form = settings.form or ("nested" if output == "jsonl" else "flat")
     if form == "nested" and output in ("csv", "tsv"):

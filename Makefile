@@ -36,7 +36,7 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/python -m pytest -n 2 --durations=30
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=30
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

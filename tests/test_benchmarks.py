@@ -87,6 +87,7 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], P
     return json.loads((home / "f.json").read_text(encoding="utf-8")), home
 
 
+@pytest.mark.slow
 def test_every_section_of_encoding_runs_and_ours_agrees_with_each_row_alone(
     encoded: tuple[dict[str, Any], Path],
 ) -> None:
@@ -99,6 +100,7 @@ def test_every_section_of_encoding_runs_and_ours_agrees_with_each_row_alone(
     assert "make bench" in found["peers-a"]["failed"]["OpenVINO bf16"]  # one that is not there is told, not left out
 
 
+@pytest.mark.slow
 def test_the_report_is_written_between_its_marks_from_figures_alone(encoded: tuple[dict[str, Any], Path]) -> None:
     found, home = encoded
     before = (home / "doc.md").read_text(encoding="utf-8")

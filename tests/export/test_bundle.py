@@ -32,6 +32,8 @@ from tests.test_contract import assert_close
 from tests.test_pasts import Program, answers, assert_plain, row, words
 from tests.tiny import tiny, write_checkpoint
 
+pytestmark = pytest.mark.xdist_group("bundles")  # one process makes each bundle once
+
 
 def test_what_is_in_it(encoder: Pair) -> None:
     folder, manifest = encoder.bundle.folder, encoder.bundle.manifest
@@ -246,6 +248,7 @@ def test_large_embeddings_in_bytes(monkeypatch: pytest.MonkeyPatch, size: int) -
     np.testing.assert_allclose(deep, table[ids], atol=most)
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_its_inputs_and_outputs() -> None:
     for family, tasks in (("bert", ENCODER), ("gpt2", DECODER)):
         both = pair(family, only=tasks, dtype="fp16", max_flips=1.0)

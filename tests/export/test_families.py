@@ -12,8 +12,10 @@ from tests.export.bundles import pair
 from tests.test_contract import CAUSAL, assert_close, expected_tasks, items
 from tests.tiny import FAMILIES, Tiny, tiny
 
-QUICK = {"bert", "deberta-v2", "gpt2", "modernbert"}
-"""One of each sort: an export takes ten seconds and more, so the others are for `make test-slow`."""
+pytestmark = pytest.mark.xdist_group("bundles")  # one process makes each bundle once
+
+QUICK = {"bert", "gpt2"}
+"""One with a cache and one without: an export takes ten seconds and more, so the others are for `make test-slow`."""
 FUSED = {
     "albert": {"Attention": 1, "SkipLayerNormalization": 4},  # one layer, called twice
     "bert": {"Attention": 2, "BiasGelu": 2, "EmbedLayerNormalization": 1, "SkipLayerNormalization": 4},

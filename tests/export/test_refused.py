@@ -25,6 +25,8 @@ from mtserve.surgery import remove_heads
 from mtserve.tuning import tune
 from tests.export.bundles import Pair
 
+pytestmark = pytest.mark.xdist_group("bundles")  # one process makes each bundle once
+
 
 def copy(of: Checkpoint, to: Path) -> Path:
     return shutil.copytree(of.folder, to / "copy")

@@ -20,6 +20,8 @@ from mtserve.loading import load_checkpoint
 from tests.export.bundles import Pair, backend
 from tests.test_pasts import row, words
 
+pytestmark = pytest.mark.xdist_group("bundles")  # one process makes each bundle once
+
 CUDA = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 

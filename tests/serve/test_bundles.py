@@ -15,6 +15,8 @@ from tests.serve.conftest import asking, loaded, small_limits
 from tests.serve.test_routes import *  # noqa: F403
 from tests.serve.test_streaming import *  # noqa: F403
 
+pytestmark = pytest.mark.xdist_group("bundles")
+
 
 @pytest.fixture(scope="session")
 def bundles(checkpoints: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:

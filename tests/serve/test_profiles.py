@@ -15,9 +15,9 @@ from mtserve.manifest import FP32, Profile, Speed
 from mtserve.profiles import Hardware
 from mtserve.sealing import accept_profiles
 from mtserve.serve.loading import load_table
-from mtserve.serve.share import Share, wait_briefly
 from mtserve.serve.table import TaskTable
 from mtserve.settings import Settings
+from mtserve.share import Share, wait_briefly
 from tests.serve.conftest import sealed
 
 ZEN = Hardware("cpu", frozenset({"avx512_bf16"}))

@@ -105,6 +105,8 @@ class Run:
         self.known, self.places, self.url, self.settings = tasks, list(places), output, settings
         self.errors, self.limits, self.model, self.say = errors, limits or Limits(), model or {}, say
         self.targets = targets(self.places, output, output_format)
+        if both := {one.url for one in self.places} & {one.url for one in self.targets} - {STREAM}:
+            raise ConfigError(f"{min(both)} is input and output at once; choose another output")
         self.tasks = asked(tasks, settings)
         self.shape = shape(self.tasks, settings, self.targets[0].format)
         self.summary = Summary()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
@@ -42,7 +43,7 @@ class Lines(Form):
     """A JSON object a line."""
 
     def part(self, rows: Sequence[Row], *, first: bool) -> bytes:
-        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        text = "".join(as_json(row) + "\n" for row in rows)
         return compressed(text.encode("utf-8", "backslashreplace"), self.of.compression)
 
 
@@ -118,7 +119,23 @@ def _cell(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return repr(value)
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return as_json(value)
+
+
+def as_json(value: Any) -> str:
+    """With null for numbers that JSON has not, and as text what it has not at all."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def form_of(of: Place, plan: Mapping[str, Any]) -> Form:

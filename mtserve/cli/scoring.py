@@ -49,6 +49,10 @@ def score(
     input_format: Annotated[str | None, typer.Option(help="jsonl, csv, tsv, parquet or arrow.")] = None,
     output_format: Annotated[str | None, typer.Option(help="Likewise.")] = None,
     quotes: Annotated[bool, typer.Option(help="Whether quotes in CSV and TSV quote; GLUE's files have none.")] = True,
+    engine: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
+    concurrency: Annotated[int, typer.Option(min=1, help="Most actors of a cluster.")] = 1,
+    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs of each actor.")] = 0.0,
+    address: Annotated[str | None, typer.Option(help="Of the cluster; by default one on this machine.")] = None,
     part_rows: Annotated[
         int | None, typer.Option(min=1, help="Rows that are committed at once: 8192, or 512 where a task generates.")
     ] = None,
@@ -67,6 +71,7 @@ def score(
     from mtserve.manifest import MANIFEST
     from mtserve.resolve import resolve
     from mtserve.score import places
+    from mtserve.score.cluster import Cluster
     from mtserve.score.plan import limits_for
     from mtserve.score.progress import Progress
     from mtserve.score.run import Here, Run, TooManyErrorsError, Workers, told
@@ -103,7 +108,13 @@ def score(
         limits=limits_for([tasks[name] for name in chosen.tasks or tasks if name in tasks], part_rows),
         model={"manifest": sha256_file(folder / MANIFEST), "profile": profile},
     )
-    by: Workers = Processes(str(folder), own, workers) if workers > 1 else Here(engine_for(str(folder), own))
+    by: Workers
+    if engine == "ray":
+        by = Cluster(str(model), own, concurrency, gpus_per_worker, address)
+    elif engine != "local":
+        raise ConfigError(f"--engine {engine} is unknown; allowed: local, ray")
+    else:
+        by = Processes(str(folder), own, workers) if workers > 1 else Here(engine_for(str(folder), own))
     try:
         with Progress(sys.stderr) as progress:
             run.say = progress.told

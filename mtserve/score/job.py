@@ -9,10 +9,11 @@ from typing import Any
 from mtserve.engine import Engine
 from mtserve.errors import ConfigError
 from mtserve.overlap import overlapped
-from mtserve.score.cutting import Limits, Part, Window
+from mtserve.score.cutting import Limits, Part, Window, parts
 from mtserve.score.parts import Receipt
 from mtserve.score.places import Place
 from mtserve.score.plan import Settings, asked, shape
+from mtserve.score.records import read
 from mtserve.score.scorer import COUNTS, Answered, Counts, Scorer, pack, together
 from mtserve.score.shape import ERROR, Shape, fault
 from mtserve.score.writing import Form, Lines, Row, form_of
@@ -50,6 +51,30 @@ class Job:
         return Answerer(self, Scorer(engine, tasks), shape(tasks, self.settings, self.targets[0].format))
 
 
+@dataclass(frozen=True)
+class Todo:
+    """Parts that are not there yet: those of all files, or `of` one."""
+
+    places: Sequence[Place]
+    done: Mapping[tuple[int, int], Receipt]
+    limits: Limits
+
+    def __iter__(self) -> Iterator[Part]:
+        for shard in range(len(self.places)):
+            yield from self.of(shard)
+
+    def of(self, shard: int) -> Iterator[Part]:
+        number, start = 0, 0
+        while (receipt := self.done.get((shard, number))) is not None:
+            number, start = number + 1, start + receipt.rows
+            if receipt.last:
+                return
+        records = read(self.places[shard], start=start)
+        for part in parts(records, shard, self.limits, number=number, start=start):
+            if (shard, part.number) not in self.done:
+                yield part
+
+
 @dataclass
 class _Open:
     """The part that is being scored."""
@@ -72,13 +97,13 @@ class Answerer:
             yield self.scorer.answer(computed)
 
     def parts(
-        self, parts: Iterable[Part], told: Told = lambda counts: None
+        self, todo: Iterable[Part], told: Told = lambda counts: None
     ) -> Iterator[tuple[Receipt, Mapping[str, bytes]]]:
         """Each part's receipt and the bytes of its files by their endings; `told` hears what each window cost."""
         ahead: dict[tuple[int, int], Part] = {}  # read, and not yet answered
 
         def windows() -> Iterator[Window]:
-            for part in parts:
+            for part in todo:
                 ahead[part.shard, part.number] = part
                 yield from part.windows(self.job.limits)
 

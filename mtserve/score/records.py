@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -94,7 +93,6 @@ def _delimited(delimiter: str) -> Callable[[BinaryIO, Place], Iterator[Record]]:
     """Cells stay the text that they are; an empty one is missing."""
 
     def read_cells(file: BinaryIO, of: Place) -> Iterator[Record]:
-        csv.field_size_limit(min(_CELL, sys.maxsize))
         faults: list[str] = []
         quoting: Any = csv.QUOTE_MINIMAL if of.quotes else csv.QUOTE_NONE
         rows = csv.reader(_text(file, faults), delimiter=delimiter, strict=True, quoting=quoting)

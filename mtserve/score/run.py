@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 from mtserve.engine import Engine, Task
 from mtserve.errors import ConfigError, MtserveError
-from mtserve.score.cutting import Limits, Part, parts
-from mtserve.score.job import Answerer, Job, Told, nothing_counted
+from mtserve.score.cutting import Limits
+from mtserve.score.job import Answerer, Job, Todo, Told, nothing_counted
 from mtserve.score.parts import Parts, Receipt
 from mtserve.score.places import STREAM, Content, Format, Place, content, opened, targets
 from mtserve.score.plan import Settings, asked, columns_plan, key, shape
-from mtserve.score.records import read, total
+from mtserve.score.records import total
 from mtserve.score.scorer import COUNTS, together, unpack
 from mtserve.tasks.measures import Metrics
 
@@ -60,7 +60,7 @@ class Summary:
 class Workers(Protocol):
     """Who scores parts."""
 
-    def run(self, job: Job, todo: Iterator[Part], folder: Parts, told: Told) -> Iterator[Receipt]:
+    def run(self, job: Job, todo: Todo, folder: Parts, told: Told) -> Iterator[Receipt]:
         """Receipts of parts that are committed; `told` hears of each window, and what it raises ends it all."""
         ...
 
@@ -71,7 +71,7 @@ class Here:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    def run(self, job: Job, todo: Iterator[Part], folder: Parts, told: Told) -> Iterator[Receipt]:
+    def run(self, job: Job, todo: Todo, folder: Parts, told: Told) -> Iterator[Receipt]:
         for receipt, files in self.answerer(job).parts(todo, told):
             yield folder.commit(receipt, files)
 
@@ -139,7 +139,7 @@ class Run:
         if not isinstance(by, Here) or self.errors is not None:
             raise ConfigError("what goes to stdout is scored in one process, with its errors in it")
         answerer, outcomes = by.answerer(job), []
-        windows = (window for part in self._todo({}) for window in part.windows(self.limits))
+        windows = (window for part in Todo(self.places, {}, self.limits) for window in part.windows(self.limits))
         for number, answered in enumerate(answerer.answered(windows)):
             rows, _ = answerer.rows(answered)
             sys.stdout.buffer.write(answerer.forms[0].part(rows, first=number == 0))
@@ -159,7 +159,7 @@ class Run:
                 self.summary.add(receipt.counts)
                 self.summary.reused += receipt.rows
             self._told({})
-            for receipt in by.run(job, self._todo(done), folder, self._told):
+            for receipt in by.run(job, Todo(self.places, dict(done), self.limits), folder, self._told):
                 done[receipt.shard, receipt.part] = receipt
             self._assemble(job, folder, [done[at] for at in sorted(done)])
             folder.remove()
@@ -176,19 +176,6 @@ class Run:
             outputs=[one.url for one in self.targets],
             errors=self.errors,
         )
-
-    def _todo(self, done: Mapping[tuple[int, int], Receipt]) -> Iterator[Part]:
-        """Parts that are not there yet."""
-        for shard, place in enumerate(self.places):
-            number, start, over = 0, 0, False
-            while (shard, number) in done and not over:
-                receipt = done[shard, number]
-                number, start, over = number + 1, start + receipt.rows, receipt.last
-            if over:
-                continue
-            for part in parts(read(place, start=start), shard, self.limits, number=number, start=start):
-                if (shard, part.number) not in done:
-                    yield part
 
     def _told(self, counts: Mapping[str, float]) -> None:
         self.summary.add(counts)

@@ -23,7 +23,7 @@ from mtserve.errors import SetupError
 from mtserve.opening import opened
 from mtserve.resolve import resolve
 from mtserve.score.cutting import Part
-from mtserve.score.job import Job, Told
+from mtserve.score.job import Job, Todo, Told
 from mtserve.score.parts import Parts, Receipt
 from mtserve.settings import Settings
 from mtserve.share import Share
@@ -54,7 +54,7 @@ class Processes:
     settings: Settings
     count: int
 
-    def run(self, job: Job, todo: Iterator[Part], folder: Parts, told: Told) -> Iterator[Receipt]:
+    def run(self, job: Job, todo: Todo, folder: Parts, told: Told) -> Iterator[Receipt]:
         """As `Workers.run`. Raises WorkerError for a worker that ends before its work does."""
         context = multiprocessing.get_context("spawn")
         give: Any = context.Queue(self.count)
@@ -66,7 +66,7 @@ class Processes:
         ]
         for one in crew:
             one.start()
-        reader = threading.Thread(target=_fed, args=(todo, give, take, self.count, stop), daemon=True)
+        reader = threading.Thread(target=_fed, args=(iter(todo), give, take, self.count, stop), daemon=True)
         reader.start()
         try:
             yield from self._heard(crew, take, told)

@@ -1,6 +1,6 @@
 # Two commands on a machine that has Python 3.11 and make: `make demo` and `make test`.
 # Time budget of `make test` on two cores, 15 minutes in all:
-#   install 4 min · lint and types 1 min · unit and contract tests 5 min · demo check 4 min
+#   install 2 min · lint and types 1 min · unit and contract tests 8 min · demo check 3 min
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from mtserve.engine import Engine
 from mtserve.errors import ConfigError, UnknownTaskError
 from mtserve.score import places
 from mtserve.score.cutting import Limits
-from mtserve.score.parts import Parts
 from mtserve.score.plan import Settings, TaskSettings
 from mtserve.score.run import Here, Run, Summary, TooManyErrorsError
 from tests.crashes import Crash
@@ -370,25 +370,17 @@ def test_a_damaged_part_is_found_and_made_anew(
     assert [row["id"] for row in lines(output)] == list(range(13))
 
 
-def hold(output: str, ready: Any, done: Any) -> None:
-    with Parts(output).locked():
-        ready.set()
-        done.wait(30)
-
-
 def test_two_runs_on_one_output_refuse_each_other(encoder: Engine, tmp_path: Path) -> None:
     source, output = write(tmp_path / "in.jsonl", texts(3)), tmp_path / "out.jsonl"
-    context = multiprocessing.get_context("spawn")
-    ready, done = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(str(output), ready, done))
-    other.start()
-    try:
-        assert ready.wait(30)
+    (tmp_path / "out.jsonl.parts").mkdir()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    argv = [sys.executable, "-c", code, str(tmp_path / "out.jsonl.parts" / "lock")]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "1\n"
         with pytest.raises(ConfigError, match="another run writes"):
             scored(encoder, source, output, "topic")
-    finally:
-        done.set()
-        other.join()
+        other.communicate("\n", timeout=30)
     scored(encoder, source, output, "topic")
 
 

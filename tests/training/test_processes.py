@@ -126,6 +126,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(run_file: Run, trunk_fo
     assert mtserve.load(folder / "two").predict("topic", ["the great town"])
 
 
+@pytest.mark.slow
 def test_a_budget_ends_both_processes_at_once(run_file: Run, trunk_folder: Callable[[str], Path]) -> None:
     path = write(run_file, trunk_folder("bert"))
     more = (

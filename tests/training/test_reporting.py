@@ -151,6 +151,7 @@ def _two(output: Path, *more: str) -> list[Row]:
     return log_of(output)
 
 
+@pytest.mark.slow
 def test_b_values_of_all_processes_count(tmp_path: Path) -> None:
     """Over an epoch, the two halves of the data make the whole, and one process with twice the batch logs the same."""
     settings = ["--logging_steps", "25", "--num_train_epochs", "1", "--do_eval", "--learning_rate", "1e-3"]

@@ -108,6 +108,8 @@ def score(
         limits=limits_for([tasks[name] for name in chosen.tasks or tasks if name in tasks], part_rows),
         model={"manifest": sha256_file(folder / MANIFEST), "profile": profile},
     )
+    if checkpoint.manifest.exported is None:  # the same one in every process, whatever it would choose for itself
+        own = own.model_copy(update={"profile": profile})
     by: Workers
     if engine == "ray":
         by = Cluster(str(model), own, concurrency, gpus_per_worker, address)

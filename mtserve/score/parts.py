@@ -78,19 +78,18 @@ class Parts:
                 raise ConfigError(f"another run writes {self.url}: wait for it, or choose another output") from error
             yield
 
-    def begin(self, key: Mapping[str, Any], *, restart: bool) -> Mapping[str, Any]:
-        """Begin the run, or go on with it: the key as it stands there. Raises ConfigError for a folder of another."""
+    def begin(self, key: Mapping[str, Any], *, restart: bool) -> None:
+        """Begin the run, or go on with it. Raises ConfigError for a folder of another."""
         if restart:
             self._empty()
         found = self.read_run()
         if found is None:
             self._empty()  # of what was written before a key was
             self._put(RUN, json.dumps(key, ensure_ascii=False, indent=1).encode())
-            return json.loads(json.dumps(key))  # type: ignore[no-any-return]
+            return
         if differs := [*_differing(found, json.loads(json.dumps(key)), "")]:
             said = "; ".join(differs[:5])
             raise ConfigError(f"{self.url} holds parts of another run ({said}); --restart scores all of it anew")
-        return found
 
     def read_run(self) -> Mapping[str, Any] | None:
         content = self._get(RUN)

@@ -17,7 +17,7 @@ from mtserve.errors import ConfigError, MissingExtraError, ResolveError
 from mtserve.score.places import HUB, Format, Place, opened
 
 _CELL = 2**26
-"""Longest line or cell in bytes; a longer one is a row with a problem."""
+"""Longest line in bytes; a longer one is a row with a problem. Cells of CSV have a limit of the csv module's own."""
 _BATCH = 1024
 
 

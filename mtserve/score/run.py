@@ -19,6 +19,7 @@ from mtserve.score.places import STREAM, Content, Format, Place, content, opened
 from mtserve.score.plan import Settings, asked, columns_plan, key, shape
 from mtserve.score.records import total
 from mtserve.score.scorer import COUNTS, together, unpack
+from mtserve.score.writing import form_of
 from mtserve.tasks.measures import Metrics
 
 
@@ -185,8 +186,6 @@ class Run:
             raise TooManyErrorsError(f"{found} rows failed; at most {most} may (--max-errors)")
 
     def _assemble(self, job: Job, folder: Parts, every: Sequence[Receipt]) -> None:
-        from mtserve.score.writing import form_of
-
         for at, (target, plan) in enumerate(zip(self.targets, job.plan, strict=True)):
             mine = [one for one in every if job.at(one.shard) == at]
             with folder.output(target.url) as file:

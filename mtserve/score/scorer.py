@@ -17,10 +17,12 @@ from mtserve.offline import Each
 from mtserve.score.columns import Columns
 from mtserve.score.cutting import Window
 from mtserve.score.records import Record
+from mtserve.tasks.base import AnyKind, Options
 from mtserve.tasks.validation import validate
 from mtserve.tasks.work import Work
 
 Counts = dict[str, float]
+_UNKNOWN = (InputError, ValueError, LookupError)
 COUNTS = ("rows", "errors", "truncated", "joined", "tokens", "padded", "passes", "compute_s", "labelled")
 
 
@@ -126,18 +128,19 @@ class Scorer:
     def _outcomes(self, asked: Asked, window: Computing, answers: Sequence[Mapping[str, Any]]) -> Sequence[Any]:
         """Of the rows that have a prediction and a truth that the task knows."""
         options, kind = asked.task.options, asked.task.kind
-        predictions, examples = [], []
+        pairs: list[tuple[Any, Any]] = []
         for record, item, row in zip(window.window.records, window.items[asked.name], answers, strict=True):
             if isinstance(item, InputError) or isinstance(row[asked.name], Exception):
                 continue
             try:
-                example = validate(kind.labelled, asked.columns.labelled(item, record.cells))
-                kind.outcomes([row[asked.name]], [example], options)
-            except (InputError, ValueError, LookupError):
+                pairs.append((row[asked.name], validate(kind.labelled, asked.columns.labelled(item, record.cells))))
+            except InputError:
                 continue
-            predictions.append(row[asked.name])
-            examples.append(example)
-        return [_dense(one) for one in kind.outcomes(predictions, examples, options)] if examples else []
+        try:
+            return _dense(kind, pairs, options)
+        except _UNKNOWN:  # a truth that the task does not know: without the rows that have one
+            known = [pair for pair in pairs if _is_known(kind, pair, options)]
+            return _dense(kind, known, options)
 
 
 def pack(outcomes: Mapping[str, Sequence[Any]]) -> bytes:
@@ -171,5 +174,16 @@ def _item(columns: Columns, record: Record) -> dict[str, Any] | InputError:
         return error
 
 
-def _dense(one: Any) -> Any:
-    return one.toarray() if hasattr(one, "toarray") else np.asarray(one)
+def _dense(kind: AnyKind, pairs: Sequence[tuple[Any, Any]], options: Options) -> Sequence[Any]:
+    if not pairs:
+        return []
+    outcomes = kind.outcomes([given for given, _ in pairs], [true for _, true in pairs], options)
+    return [one.toarray() if hasattr(one, "toarray") else np.asarray(one) for one in outcomes]
+
+
+def _is_known(kind: AnyKind, pair: tuple[Any, Any], options: Options) -> bool:
+    try:
+        _dense(kind, [pair], options)
+    except _UNKNOWN:
+        return False
+    return True

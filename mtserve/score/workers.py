@@ -12,6 +12,7 @@ import os
 import queue
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 from mtserve.checkpoint import Checkpoint
 from mtserve.engine import Engine
 from mtserve.errors import SetupError
+from mtserve.loading import reproduced
 from mtserve.opening import opened
 from mtserve.resolve import resolve
 from mtserve.score.cutting import Part
@@ -38,11 +40,15 @@ class WorkerError(SetupError):
 
 
 def engine_for(location: str, settings: Settings, *, workers: int = 1) -> Engine:
-    """A model as the settings say, for one of so many processes; its threads and memory are in force."""
+    """A model as the settings say, for one of so many processes; its threads and memory are in force.
+
+    Raises as a server does that loads it, also for golden rows that are not reproduced.
+    """
     checkpoint = Checkpoint.open(resolve(location))
     share = Share.of(settings, workers=workers, torch=checkpoint.manifest.exported is None)
     loaded = opened([checkpoint], settings, share.threads)
     share.settle(loaded.speeds(share.cores))
+    deque(reproduced(loaded.engine, checkpoint), maxlen=0)
     return loaded.engine
 
 
@@ -137,7 +143,8 @@ def _work(of: Processes, number: int, job: Job, url: str, give: Any, take: Any) 
 
 def _place(number: int, count: int) -> bool:
     """Give this process its part of the machine; whether it has cores of its own."""
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", str(number))
+    given = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+    os.environ["CUDA_VISIBLE_DEVICES"] = given[number % len(given)] if given else str(number)
     if not hasattr(os, "sched_getaffinity"):
         return False
     cores = sorted(os.sched_getaffinity(0))

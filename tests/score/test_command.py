@@ -98,7 +98,7 @@ def test_pipes(model: Path) -> None:
 
 def test_progress_in_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(sys.stderr)
-    progress.EVERY_S = 0.0  # type: ignore[misc]
+    progress.EVERY_S = 0.0
     summary = Summary(total=200)
     summary.add({"rows": 50, "tokens": 600, "errors": 1})
     progress.told(summary)

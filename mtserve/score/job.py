@@ -123,22 +123,22 @@ class Answerer:
 
     def rows(self, answered: Answered) -> tuple[list[Row], list[Row]]:
         """Rows of the output, and those that go into the file of errors instead."""
+        shard = answered.window.shard
+        places = [(self.job.names[shard], record.number) for record in answered.records]
+        every = list(zip(answered.records, answered.answers, places, strict=True))
+        made = [self.shape.row(record.cells, answers, where) for record, answers, where in every]
+        misfits = self.forms[self.job.at(shard)].misfits(made)
         rows: list[Row] = []
         faults: list[Row] = []
-        shard = answered.window.shard
-        form = self.forms[self.job.at(shard)]
-        for record, answers in zip(answered.records, answered.answers, strict=True):
-            where = (self.job.names[shard], record.number)
-            row = self.shape.row(record.cells, answers, where)
+        for at, (record, answers, where) in enumerate(every):
             failed = {task: one for task, one in answers.items() if isinstance(one, Exception)}
-            said = form.refused(row)
-            if said is not None and not failed:
-                failed = dict.fromkeys(answers, ConfigError(said))
+            if at in misfits and not failed:
+                failed = dict.fromkeys(answers, ConfigError(misfits[at]))
                 answered.counts["errors"] += 1
             if failed and self.job.apart:
                 faults.append({**self.shape.kept(record.cells), ERROR: fault(failed, len(answers), where)})
             else:
-                rows.append(row if said is None else self.shape.row({}, failed, where))
+                rows.append(made[at] if at not in misfits else self.shape.row({}, failed, where))
         return rows, faults
 
     def _closed(self, held: _Open, part: Part) -> tuple[Receipt, Mapping[str, bytes]]:

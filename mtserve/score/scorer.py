@@ -94,8 +94,7 @@ class Scorer:
     def prepare(self, window: Window) -> Computing:
         found = Computing(window, {}, {})
         items: dict[str, list[dict[str, Any] | InputError]] = {}
-        for group in self._groups.values():
-            made = [_item(group[0].columns, record) for record in window.records]
+        for group, made in self._items(window):
             good = [at for at, item in enumerate(made) if not isinstance(item, InputError)]
             each = self.engine.prepare_each({one.name: one.parameters for one in group}, [made[at] for at in good])
             for task, works in each.items():
@@ -105,6 +104,18 @@ class Scorer:
         found.items = items
         every = (work for of in found.each.values() for work in of)
         found.counts["truncated"] = sum(isinstance(work, Work) and work.cut > 0 for work in every)
+        return found
+
+    def _items(self, window: Window) -> list[tuple[list[Asked], list[dict[str, Any] | InputError]]]:
+        """What examples are made of, with the tasks that all have these: their texts are encoded once."""
+        found: list[tuple[list[Asked], list[dict[str, Any] | InputError]]] = []
+        for group in self._groups.values():
+            made = [_item(group[0].columns, record) for record in window.records]
+            same = next((one for one, other in found if other == made), None)
+            if same is None:
+                found.append(([*group], made))
+            else:
+                same += group
         return found
 
     def compute(self, window: Computing) -> Computing:

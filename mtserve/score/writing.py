@@ -25,9 +25,9 @@ class Form(ABC):
     def __init__(self, of: Place) -> None:
         self.of = of
 
-    def refused(self, row: Row) -> str | None:
-        """What keeps a row from being written with those before it."""
-        return None
+    def misfits(self, rows: Sequence[Row]) -> Mapping[int, str]:
+        """Rows, by their place among these, that cannot be written with those before them, and why."""
+        return {}
 
     @abstractmethod
     def part(self, rows: Sequence[Row], *, first: bool) -> bytes:
@@ -54,9 +54,8 @@ class Cells(Form):
         super().__init__(of)
         self.names = names
 
-    def refused(self, row: Row) -> str | None:
-        unknown = [name for name in row if name not in self.names]
-        return f"the output has no column {unknown[0]}, as the first rows of the input had none" if unknown else None
+    def misfits(self, rows: Sequence[Row]) -> Mapping[int, str]:
+        return _strangers(rows, self.names)
 
     def part(self, rows: Sequence[Row], *, first: bool) -> bytes:
         text = io.StringIO()
@@ -75,13 +74,19 @@ class Tables(Form):
         self._tables = _tables()
         self.schema = self._tables.read_schema(schema)
 
-    def refused(self, row: Row) -> str | None:
-        if unknown := [name for name in row if name not in self.schema.names]:
-            return f"the output has no column {unknown[0]}, as the first rows of the input had none"
+    def misfits(self, rows: Sequence[Row]) -> Mapping[int, str]:
+        found = _strangers(rows, self.schema.names)
+        if self._refused(rows):
+            for at, row in enumerate(rows):
+                if at not in found and (error := self._refused([row])):
+                    found[at] = f"a cell is not of its column's type in the first rows: {error}"
+        return found
+
+    def _refused(self, rows: Sequence[Row]) -> Exception | None:
         try:
-            self._tables.batch([row], self.schema)
+            self._tables.batch(rows, self.schema)
         except Exception as error:  # pyarrow's, of several classes
-            return f"a cell is not of its column's type in the first rows: {error}"
+            return error
         return None
 
     def part(self, rows: Sequence[Row], *, first: bool) -> bytes:
@@ -112,6 +117,15 @@ def _tables() -> Any:
     except ImportError as error:
         raise MissingExtraError("Parquet and Arrow", "score") from error
     return tables
+
+
+def _strangers(rows: Sequence[Row], names: Sequence[str]) -> dict[int, str]:
+    """Rows with a column that the output has not."""
+    known, found = frozenset(names), {}
+    for at, row in enumerate(rows):
+        if unknown := [name for name in row if name not in known]:
+            found[at] = f"the output has no column {unknown[0]}, as the first rows of the input had none"
+    return found
 
 
 def _cell(value: Any) -> Any:

@@ -82,6 +82,26 @@ def test_answers_of_several_tasks_in_one_pass(encoder: Engine, tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
+def test_tasks_with_other_fields_have_their_texts_encoded_once(
+    encoder: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+    prepare = encoder.prepare_each
+
+    def counted(asked: Any, items: Any) -> Any:
+        calls.append([*asked])
+        return prepare(asked, items)
+
+    monkeypatch.setattr(encoder, "prepare_each", counted)
+    source = write(tmp_path / "in.jsonl", texts(5))
+    scored(encoder, source, tmp_path / "out.jsonl", "names", "topic", limits=Limits())  # words or a pair may be given
+    assert calls == [["names", "topic"]]
+    calls.clear()
+    pairs = write(tmp_path / "pairs.jsonl", [{**one, "text_pair": "good"} for one in texts(5)])
+    scored(encoder, pairs, tmp_path / "pairs-out.jsonl", "names", "topic", limits=Limits())
+    assert calls == [["names"], ["topic"]]
+
+
 @pytest.mark.parametrize("task", ["topic", "tags", "score", "cosine", "choice", "names"])
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv.gz", "parquet", "arrow"])
 def test_every_kind_in_every_format(encoder: Engine, tmp_path: Path, task: str, ending: str) -> None:

@@ -3,7 +3,8 @@
     python -m benchmarks.scoring CHECKPOINT INPUT.parquet --trunk TRUNK [--rows 4096] [--rounds 3] [--peers PYTHON]
 
 INPUT has a column `text`. One task and three over the same texts; rates are rows a second without loading, ratios are
-medians of the ratios within a round. PYTHON has sentence-transformers (see the Makefile).
+medians of the ratios within a round. PYTHON has sentence-transformers and CTranslate2 (see the Makefile); the latter
+takes part in fp32 alone.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--profile", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--peers")
+    parser.add_argument("--only", action="append", help="a contestant; score is always to be among them")
     chosen = parser.parse_args()
     checkpoint = Checkpoint.open(chosen.checkpoint)
     kinds = {task.name: task.kind for task in checkpoint.manifest.tasks if task.kind in _TEXT}
@@ -54,13 +56,14 @@ def main() -> None:
             "batch": chosen.batch,
             "profile": chosen.profile,
         }
-        contestants = ["engine", "score", "pipeline", *(["sentences"] if chosen.peers else [])]
+        others = [] if not chosen.peers else ["sentences", *(["ctranslate"] if chosen.profile == "fp32" else [])]
+        contestants = chosen.only or ["engine", "score", "http", "pipeline", *others]
         found = {}
         for tasks in (names[:1], names):
             seconds: dict[str, list[float]] = {name: [] for name in contestants}
             for number in range(chosen.rounds):
                 for name in contestants[number % len(contestants) :] + contestants[: number % len(contestants)]:
-                    python = chosen.peers if name == "sentences" else sys.executable
+                    python = chosen.peers if name in others else sys.executable
                     request = {**shared, "contestant": name, "tasks": tasks}
                     seconds[name].append(_turn(python, request, Path(home) / "request.json"))
             found[f"{len(tasks)} tasks"] = _told(seconds, chosen.rows)

@@ -2,16 +2,21 @@
 
     python -m benchmarks.scoring.contestants REQUEST.json
 
-REQUEST: contestant, input, output, tasks, model (a checkpoint), stock (folders of stock models by task), profile,
-threads, batch. Prints one JSON line: seconds, rows.
+REQUEST: contestant, input, output, tasks, model (a checkpoint), stock (folders of stock models by task), trunk,
+profile, threads, batch. Prints one JSON line: seconds, rows.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +115,78 @@ def sentences(request: Request) -> Callable[[], int]:
     return run
 
 
-CONTESTANTS = {one.__name__: one for one in (engine, score, pipeline, sentences)}
+def ctranslate(request: Request) -> Callable[[], int]:
+    """CTranslate2's encoder, batches as it is fastest with (docs/benchmarks.md, "Encoding on a CPU"), and as above a
+    linear head a task in NumPy."""
+    import numpy as np
+    import pyarrow as pa
+    from pyarrow import parquet
+    from tokenizers import Tokenizer
+
+    from benchmarks.encoding.peers.ct2 import CTranslate2
+
+    home = Path(request["output"]).parent / "trunk"
+    if not home.exists():
+        shutil.copytree(request["trunk"], home)
+    tokenizer = Tokenizer.from_file(str(home / "tokenizer.json"))
+    tokenizer.no_padding()
+    model = CTranslate2(home, threads=request["threads"], precision="fp32")
+    model.use({"tokens": 512, "streams": request["threads"]})
+    heads = {task: np.random.default_rng(0).normal(size=(384, 8)).astype(np.float32) for task in request["tasks"]}
+
+    def run() -> int:
+        table = parquet.read_table(request["input"])
+        rows = tokenizer.encode_batch(table["text"].to_pylist())
+        states = model.encode([(np.array(one.ids), np.array(one.type_ids)) for one in rows])
+        for task, head in heads.items():
+            table = table.append_column(task, pa.array((states @ head).argmax(1)))
+        parquet.write_table(table, request["output"])
+        return int(table.num_rows)
+
+    return run
+
+
+def http(request: Request) -> Callable[[], int]:
+    """Our own server, asked for all tasks of a text at once, 64 texts a request and four requests at a time."""
+    from pyarrow import parquet
+    from pyarrow import table as made
+
+    from benchmarks.serving.servers import ours, running
+
+    tasks = request["tasks"]
+    server = ours(Path(request["model"]), request["profile"], MTSERVE_THREADS=str(request["threads"]))
+    server = replace(server, asks=lambda task, text: ("/predict", {"inputs": [text], "tasks": tasks}))
+    home = Path(request["output"]).parent
+    asked = KEPT.enter_context(running(server, _free_port(), home, "a text"))
+
+    def ask(texts: list[str]) -> list[Any]:
+        status, answers = asked.ask("/predict", {"inputs": texts, "tasks": tasks})
+        assert status == 200, status
+        by_task: dict[str, list[Any]] = answers
+        return [{task: json.dumps(of[at]) for task, of in by_task.items()} for at in range(len(texts))]
+
+    def run() -> int:
+        texts = parquet.read_table(request["input"])["text"].to_pylist()
+        cuts = [texts[at : at + 64] for at in range(0, len(texts), 64)]
+        with ThreadPoolExecutor(4) as pool:
+            rows = [row for some in pool.map(ask, cuts) for row in some]
+        parquet.write_table(
+            made({"text": texts, **{task: [row[task] for row in rows] for task in tasks}}), request["output"]
+        )
+        return len(rows)
+
+    return run
+
+
+CONTESTANTS = {one.__name__: one for one in (engine, score, pipeline, sentences, ctranslate, http)}
+KEPT = ExitStack()
+"""Of what runs beside this process."""
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 def _engine(request: Request) -> Any:
@@ -123,10 +199,10 @@ def _engine(request: Request) -> Any:
 def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     run = CONTESTANTS[request["contestant"]](request)
-    run() if request.get("warm") else None
-    began = time.perf_counter()
-    rows = run()
-    sys.stdout.write(json.dumps({"seconds": time.perf_counter() - began, "rows": rows}) + "\n")
+    with KEPT:
+        began = time.perf_counter()
+        rows = run()
+        sys.stdout.write(json.dumps({"seconds": time.perf_counter() - began, "rows": rows}) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,12 @@ from mtserve.score.places import file_system, is_local
 RUN = "run.json"
 
 
+class OutputError(SetupError):
+    """What was scored cannot be written: a full disk, a folder that may not be written into."""
+
+    code = "output_failed"
+
+
 @dataclass(frozen=True)
 class Receipt:
     """Of one part: where it begins in its file and how many rows it has, what they cost, and its files' sha256.
@@ -70,7 +76,8 @@ class Parts:
         if not self.local:
             yield
             return
-        Path(self.path).mkdir(parents=True, exist_ok=True)
+        with _writing(self.url):
+            Path(self.path).mkdir(parents=True, exist_ok=True)
         with (Path(self.path) / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,7 +112,7 @@ class Parts:
         return {}
 
     def commit(self, receipt: Receipt, files: Mapping[str, bytes]) -> Receipt:
-        """Write a part's files, by their endings, then its receipt."""
+        """Write a part's files, by their endings, then its receipt. Raises OutputError."""
         sums = {}
         for ending, content in files.items():
             self._put(f"{receipt.name}.{ending}", content)
@@ -128,7 +135,12 @@ class Parts:
 
     @contextmanager
     def output(self, url: str) -> Iterator[IO[bytes]]:
-        """A file to write into, which appears under its name at once when all is written."""
+        """A file to write into, which appears under its name at once when all is written. Raises OutputError."""
+        with _writing(url), self._aside(url) as file:
+            yield file
+
+    @contextmanager
+    def _aside(self, url: str) -> Iterator[IO[bytes]]:
         system, path = file_system(url)
         if not is_local(system):
             with tempfile.TemporaryFile() as aside:
@@ -159,20 +171,32 @@ class Parts:
                     self._system.rm(path, recursive=True)
 
     def _put(self, name: str, content: bytes) -> None:
-        if self.local:
-            replace(Path(self.path) / name, content)
-        else:
-            self._system.pipe_file(f"{self.path}/{name}", content)
+        with _writing(self.url):
+            if self.local:
+                replace(Path(self.path) / name, content)
+            else:
+                self._system.pipe_file(f"{self.path}/{name}", content)
 
     def _get(self, name: str) -> bytes | None:
         try:
             return bytes(self._system.cat_file(f"{self.path}/{name}"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def _remove(self, name: str) -> None:
         with suppress(FileNotFoundError):
             self._system.rm_file(f"{self.path}/{name}")
+
+
+@contextmanager
+def _writing(url: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise OutputError(
+            f"{url} cannot be written ({why}); what was scored is kept, the same command goes on"
+        ) from error
 
 
 def _differing(one: Any, other: Any, where: str) -> Iterator[str]:

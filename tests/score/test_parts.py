@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,9 @@ import pytest
 
 from mtserve.engine import Engine
 from mtserve.errors import ConfigError
+from mtserve.score import parts
 from mtserve.score.cutting import Limits
+from mtserve.score.parts import OutputError
 from mtserve.score.run import Here
 from tests.crashes import Crash
 from tests.score.test_run import lines, make, run_once, scored, texts, write
@@ -119,3 +123,26 @@ def test_two_runs_on_one_output_refuse_each_other(encoder: Engine, tmp_path: Pat
             scored(encoder, source, output, "topic")
         other.communicate("\n", timeout=30)
     scored(encoder, source, output, "topic")
+
+
+def test_a_full_disk_is_said_and_costs_a_part(encoder: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = write(tmp_path / "in.jsonl", texts(13)), tmp_path / "out.jsonl"
+    put, left = parts.replace, iter(range(4))  # the key, a part with its receipt, a part
+
+    def full(path: Path, content: bytes) -> None:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        put(path, content)
+
+    monkeypatch.setattr(parts, "replace", full)
+    with pytest.raises(OutputError, match=r"out.jsonl.parts cannot be written \(No space left on device\)"):
+        run_once(encoder, source, output)
+    monkeypatch.undo()
+    assert run_once(encoder, source, output).reused == 5
+    assert [row["id"] for row in lines(output)] == list(range(13))
+
+
+def test_a_folder_that_may_not_be_written_is_said(encoder: Engine, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", texts(3))
+    with pytest.raises(OutputError, match=r"in.jsonl/out.jsonl.parts cannot be written \(Not a directory\)"):
+        run_once(encoder, source, source / "out.jsonl")

@@ -2,8 +2,8 @@
 
     python -m benchmarks.score_recipe CHECKPOINT RECIPE [key=value …] [--ending parquet]
 
-The recipe's readers write every source as JSON lines (what they cannot read is counted), which `mtserve score --metrics`
-answers. Prints a line a source; exit code 1 if a run ended otherwise than with all rows answered or said to have failed.
+The recipe's readers write every source as JSON lines (what they cannot read is counted), and `mtserve score --metrics`
+answers those. Prints a line a source; exit code 1 if a run ended otherwise than with an answer or an error a row.
 """
 
 from __future__ import annotations

@@ -96,6 +96,10 @@ class Engine(Offline):
                 raise ConfigError(f"task {task.name!r}: {error}") from error
         self.counters = Counters()  # only `step` writes it
 
+    @property
+    def apart(self) -> bool:
+        return self.backend.hardware.device != "cpu"
+
     def task(self, name: str) -> Task:
         """Raises UnknownTaskError."""
         if name not in self.tasks:

@@ -24,8 +24,9 @@ This table is the only place that knows statuses: the server reads `status` and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 
@@ -193,3 +194,36 @@ class MissingExtraError(SetupError):
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(f"{feature} needs packages that are not installed: pip install 'mtserve[{extra}]'")
+
+
+def as_frame(error: MtserveError) -> dict[str, Any]:
+    """An error as JSON, of which `of_frame` makes it again."""
+    frame: dict[str, Any] = {"code": error.code, "message": str(error), **error.details()}
+    if isinstance(error, OverloadedError):
+        frame["retry_after_s"] = error.retry_after_s
+    return frame
+
+
+def of_frame(frame: Mapping[str, Any]) -> MtserveError:
+    """The error that a frame, or the `error` of an answer over HTTP, tells of."""
+    message, kind = str(frame.get("message", "")), _classes().get(str(frame.get("code")), MtserveError)
+    if issubclass(kind, InputError):
+        return kind([Problem(**problem) for problem in frame.get("problems", ())] or message)
+    if issubclass(kind, OverloadedError):
+        return kind(message, retry_after_s=frame.get("retry_after_s", 1))
+    error = kind.__new__(kind)  # their own arguments were for the message, which is made
+    Exception.__init__(error, message)
+    if isinstance(error, UnknownTaskError):
+        error.known = list(frame.get("tasks", ()))
+    return error
+
+
+@cache
+def _classes() -> dict[str, type[MtserveError]]:
+    """Every class of error by its code."""
+    found, left = {}, [MtserveError]
+    while left:
+        kind = left.pop()
+        found[kind.code] = kind
+        left += kind.__subclasses__()
+    return found

@@ -29,6 +29,11 @@ class Offline:
 
     max_past_tokens: int
 
+    @property
+    @abstractmethod
+    def apart(self) -> bool:
+        """Whether a device of its own computes, so that the processor is free meanwhile."""
+
     @abstractmethod
     def prepare_tasks(self, asked: Asked, items: Sequence[Any], *, stream: bool = False) -> dict[str, list[Work]]: ...
 
@@ -107,7 +112,7 @@ class Offline:
                 return self.prepare_each(asked, some)
             return {task: [*works] for task, works in self.prepare_tasks(asked, some).items()}
 
-        for each in overlapped(windows(items, window), prepare, self.computed):
+        for each in overlapped(windows(items, window), prepare, self.computed, apart=self.apart):
             for at in range(len(next(iter(each.values()), []))):
                 yield {task: self.answered(of[at], errors=errors) for task, of in each.items()}
 

@@ -1,4 +1,4 @@
-"""Three things at once, over windows in order: one is made ready, one is computed, one is used. Knows what none is."""
+"""Windows in order, each read, made ready, computed and used, at once where that pays. Knows what none of them is."""
 
 from __future__ import annotations
 
@@ -13,30 +13,39 @@ C = TypeVar("C")
 
 
 def overlapped(
-    source: Iterable[A], prepare: Callable[[A], B], compute: Callable[[B], C], *, ahead: int = 2
+    source: Iterable[A], prepare: Callable[[A], B], compute: Callable[[B], C], *, apart: bool, ahead: int = 2
 ) -> Iterator[C]:
     """What `compute` makes of what `prepare` makes of each of the source, in order.
 
-    The source is read and prepared in one thread, computed in another; the caller uses what comes meanwhile. At most
+    The source is read in a thread of its own; where a device computes `apart` from the processor, it is prepared there
+    too and computed in a third thread, and the caller uses what comes meanwhile. On a processor all of whose cores
+    compute, the stages would only keep each other waiting, so there they take turns in the caller's thread. At most
     `ahead` and the one in use are held, however long the source is. An exception comes through after what was made
-    before it; once the caller stops, both threads end and the source is closed.
+    before it; once the caller stops, the threads end and the source is closed.
     """
     every = iter(source)
 
+    def read() -> tuple[A, ...]:
+        return next(((one,) for one in every), ())
+
     def ready() -> tuple[B, ...]:
-        return next(((prepare(one),) for one in every), ())
+        return tuple(map(prepare, read()))
 
     def done(coming: Future[tuple[B, ...]]) -> tuple[C, ...]:
         return tuple(map(compute, coming.result()))
 
     with ThreadPoolExecutor(1, "mtserve-read") as reading, ThreadPoolExecutor(1, "mtserve-compute") as computing:
-        coming: deque[Future[tuple[C, ...]]] = deque()
+
+        def begun() -> Future[Any]:
+            return computing.submit(done, reading.submit(ready)) if apart else reading.submit(read)
+
+        coming: deque[Future[Any]] = deque()
         try:
             for _ in range(ahead):
-                coming.append(computing.submit(done, reading.submit(ready)))
+                coming.append(begun())
             while made := coming.popleft().result():
-                coming.append(computing.submit(done, reading.submit(ready)))
-                yield made[0]
+                coming.append(begun())
+                yield made[0] if apart else compute(prepare(made[0]))
         finally:
             for pool in (reading, computing):
                 pool.shutdown(wait=True, cancel_futures=True)

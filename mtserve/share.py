@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +51,9 @@ class Share:
         return share
 
     def settle(self, tuned: Sequence[Speed]) -> None:
-        """Put in force what tuning found for the models of this process, but for what the settings say."""
+        """Put in force what tuning found for the models of this process, but for what the settings say. What is loaded
+        by now stays, so the collector of garbage, which would go through all of it every few thousand requests or rows,
+        need not look at it."""
         if self.settings.threads is None and (best := [speed.threads for speed in tuned if speed.threads]):
             self.threads = min(self.threads, max(best))
             self._use_threads()
@@ -59,6 +62,9 @@ class Share:
             keep = all(speed.keep_memory is not False for speed in tuned)
         if keep:
             machine.keep_memory()
+        gc.unfreeze()  # of a model that was there before
+        gc.collect()
+        gc.freeze()
 
     def _use_threads(self) -> None:
         if self.torch:

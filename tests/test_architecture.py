@@ -16,7 +16,7 @@ import mtserve
 ROOT = Path(__file__).parent.parent
 LAYERS: list[set[str]] = [
     {"errors", "rows", "observer"},
-    {"settings", "resolve", "preparation", "batching", "safetensors_file", "profiles", "bundle", "overlap"},
+    {"settings", "resolve", "preparation", "batching", "safetensors_file", "profiles", "bundle", "overlap", "client"},
     {"text"},
     {"tasks", "trunk"},
     {"ticket", "waiting", "decisions", "stepper", "offline"},

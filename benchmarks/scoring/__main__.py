@@ -46,7 +46,7 @@ def main() -> None:
         names = [*stock][:3]
         source = _cut(chosen.input, chosen.rows, Path(home) / "in.parquet")
         shared = {
-            "model": str(chosen.checkpoint),
+            "model": str(chosen.checkpoint.resolve()),
             "input": str(source),
             "output": str(Path(home) / "out.parquet"),
             "stock": stock,

@@ -162,7 +162,7 @@ def http(request: Request) -> Callable[[], int]:
     def ask(texts: list[str]) -> list[Any]:
         status, answers = asked.ask("/predict", {"inputs": texts, "tasks": tasks})
         assert status == 200, status
-        by_task: dict[str, list[Any]] = answers
+        by_task: dict[str, list[Any]] = answers["outputs"]
         return [{task: json.dumps(of[at]) for task, of in by_task.items()} for at in range(len(texts))]
 
     def run() -> int:

@@ -93,8 +93,9 @@ class Answerer:
         self.forms: list[Form] = [form_of(to, plan) for to, plan in zip(job.targets, job.plan, strict=True)]
 
     def answered(self, windows: Iterable[Window]) -> Iterator[Answered]:
-        for computed in overlapped(windows, self.scorer.prepare, self.scorer.compute):
-            yield self.scorer.answer(computed)
+        scorer = self.scorer
+        for computed in overlapped(windows, scorer.prepare, scorer.compute, apart=scorer.engine.apart):
+            yield scorer.answer(computed)
 
     def parts(
         self, todo: Iterable[Part], told: Told = lambda counts: None

@@ -20,8 +20,16 @@ async def answer_task(
     Raises InputError that names every bad input (nothing has run then), TooLargeError or a CapacityError.
     """
     items, shape = served.task.kind.split(inputs)
+    predictions, usage = await answer_items(table, served, items, parameters)
+    return served.task.kind.join(predictions, shape), usage
+
+
+async def answer_items(
+    table: TaskTable, served: ServedTask, items: Sequence[Any], parameters: Mapping[str, Any]
+) -> tuple[list[Any], Usage]:
+    """Predictions of one task, an item each. Raises as `answer_task`."""
     predictions, usage = await _predict(table, {served.name: parameters}, items)
-    return served.task.kind.join(predictions[served.name], shape), usage
+    return predictions[served.name], usage
 
 
 async def stream_task(

@@ -23,6 +23,7 @@ class Exchange:
     tasks        names of the tasks that it asked for, those that there are
     usage        what it cost, once it is answered
     code         the error's, "" without one
+    plain        whether an error is told as a text alone, as the Open Inference Protocol has it
     inputs       as sent; only where texts are logged
     """
 
@@ -31,6 +32,7 @@ class Exchange:
     tasks: tuple[str, ...] = ()
     usage: dict[str, int | float] = field(default_factory=dict)
     code: str = ""
+    plain: bool = False
     inputs: Any = None
 
 

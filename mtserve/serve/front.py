@@ -21,7 +21,8 @@ from mtserve.serve.access import access
 from mtserve.serve.exchange import Exchange, opened
 from mtserve.serve.table import Root
 
-PROBES = frozenset({"/livez", "/readyz", "/healthz"})
+PROBES = frozenset({"/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"})
+STRAIGHT = ("/predict", "/tasks", "/v2")
 METRICS = "/metrics"
 
 
@@ -52,6 +53,7 @@ class Front:
         headers = Headers(scope=scope)
         exchange = opened(headers.get("x-request-id", ""))
         path, began = scope["path"], time.perf_counter()
+        exchange.plain = path.startswith("/v2")
         status, sent = 499, 0  # nobody is there any more, unless an answer begins
 
         async def told(message: Message) -> None:
@@ -70,7 +72,7 @@ class Front:
                 except MtserveError as error:
                     await replies.failure(error)(scope, receive, told)
                 else:
-                    app = self._routes if path == "/predict" or path.startswith("/tasks") else self._app
+                    app = self._routes if path.startswith(STRAIGHT) else self._app
                     await app(scope, receive, told)
         except Exception:
             status = 500

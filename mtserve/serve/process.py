@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mtserve.errors import MtserveError, SetupError
+from mtserve.errors import MtserveError, SetupError, as_frame
 from mtserve.golden import GoldenReport
 from mtserve.loading import InForce
 from mtserve.profiles import Hardware
@@ -31,7 +31,7 @@ from mtserve.serve.model import Model
 from mtserve.serve.remote import Facts, RemoteModel
 from mtserve.serve.supervision import EXIT_CODE, give_up
 from mtserve.serve.table import ServedTrunk, TaskTable
-from mtserve.serve.wire import error_frame, packed, receive
+from mtserve.serve.wire import packed, receive
 from mtserve.settings import Settings, read_settings
 
 logger = logging.getLogger(__name__)
@@ -124,11 +124,11 @@ async def _answer(model: Model, frame: dict[str, Any], writer: asyncio.StreamWri
             answer = {"outputs": outputs, "usage": usage.as_dict()}
         frame_out = packed({"id": number, **answer})
     except MtserveError as error:
-        frame_out = packed({"id": number, "error": error_frame(error)})
+        frame_out = packed({"id": number, "error": as_frame(error)})
     except Exception:  # whatever it is, the question must end, and the process go on
         logger.exception("request %s failed in the model process", frame["request_id"])
         failed = MtserveError("the model process failed; the server's log has the reason")
-        frame_out = packed({"id": number, "error": error_frame(failed)})
+        frame_out = packed({"id": number, "error": as_frame(failed)})
     writer.write(frame_out)
 
 

@@ -16,10 +16,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from mtserve.errors import CapacityError, SetupError
+from mtserve.errors import CapacityError, SetupError, of_frame
 from mtserve.serve.exchange import exchange
 from mtserve.serve.model import Asked, Usage
-from mtserve.serve.wire import HEAD, error_of, length, packed, receive
+from mtserve.serve.wire import HEAD, length, packed, receive
 from mtserve.ticket import late
 
 Facts = Mapping[str, Any]
@@ -152,7 +152,7 @@ async def _next(answers: asyncio.Queue[dict[str, Any]], timeout_s: float) -> dic
     if "gone" in frame:
         raise _gone()
     if "error" in frame:
-        raise error_of(frame["error"])
+        raise of_frame(frame["error"])
     return frame
 
 

@@ -60,7 +60,8 @@ def failure(error: MtserveError, *, headers: dict[str, str] | None = None) -> JS
     message = str(error)
     now = exchange()
     now.code = error.code
-    content = {"error": {"code": error.code, "message": message, **error.details(), "request_id": now.request_id}}
+    told = {"code": error.code, "message": message, **error.details(), "request_id": now.request_id}
+    content = {"error": message if now.plain else told}
     extra = {"X-Error-Message": header_safe(message), **(headers or {})}
     if isinstance(error, UnauthorizedError):
         extra["WWW-Authenticate"] = "Bearer"

@@ -19,10 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from functools import cache
 from typing import Any
-
-from mtserve.errors import InputError, MtserveError, OverloadedError, Problem
 
 LARGEST = 2**28
 HEAD = 4
@@ -47,37 +44,4 @@ def length(head: bytes) -> int:
 async def receive(reader: asyncio.StreamReader) -> dict[str, Any]:
     """The next frame. Raises IncompleteReadError where the connection ended, ValueError for what is no frame."""
     found: dict[str, Any] = json.loads(await reader.readexactly(length(await reader.readexactly(HEAD))))
-    return found
-
-
-def error_frame(error: MtserveError) -> dict[str, Any]:
-    """An error as JSON."""
-    frame: dict[str, Any] = {"code": error.code, "message": str(error)}
-    if isinstance(error, InputError):
-        frame["problems"] = [vars(problem) for problem in error.problems]
-    if isinstance(error, OverloadedError):
-        frame["retry_after_s"] = error.retry_after_s
-    return frame
-
-
-def error_of(frame: dict[str, Any]) -> MtserveError:
-    """The error that a frame tells of."""
-    message, kind = frame["message"], _classes().get(frame["code"], MtserveError)
-    if kind is InputError:
-        return InputError(Problem(**problem) for problem in frame["problems"])
-    if kind is OverloadedError:
-        return OverloadedError(message, retry_after_s=frame["retry_after_s"])
-    error = kind.__new__(kind)  # their own arguments were for the message, which is made
-    Exception.__init__(error, message)
-    return error
-
-
-@cache
-def _classes() -> dict[str, type[MtserveError]]:
-    """Every class of error by its code."""
-    found, left = {}, [MtserveError]
-    while left:
-        kind = left.pop()
-        found[kind.code] = kind
-        left += kind.__subclasses__()
     return found

@@ -26,6 +26,8 @@ from mtserve.errors import (
     Problem,
     SetupError,
     TooLargeError,
+    as_frame,
+    of_frame,
 )
 from mtserve.serve import keeping, wire
 from mtserve.serve.keeping import Keeper
@@ -230,7 +232,7 @@ errors = (
 
 @given(errors)
 def test_errors_arrive_as_they_were(error: MtserveError) -> None:
-    packed = wire.packed({"error": wire.error_frame(error)})
+    packed = wire.packed({"error": as_frame(error)})
 
     async def read() -> Any:
         reader = asyncio.StreamReader()
@@ -238,7 +240,7 @@ def test_errors_arrive_as_they_were(error: MtserveError) -> None:
         reader.feed_eof()
         return await wire.receive(reader)
 
-    found = wire.error_of(asyncio.run(read())["error"])
+    found = of_frame(asyncio.run(read())["error"])
     assert type(found) is type(error)
     assert (str(found), found.details(), found.status) == (str(error), error.details(), error.status)
     assert getattr(found, "retry_after_s", None) == getattr(error, "retry_after_s", None)

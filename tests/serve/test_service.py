@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import yaml
 
-from mtserve.errors import ConfigError, SetupError
+from mtserve.client import Client
+from mtserve.errors import ConfigError, InputError, SetupError, UnknownTaskError
 from mtserve.serve.launch import SERVICE, command
 
 ROOT = Path(__file__).parent.parent.parent
@@ -100,6 +102,54 @@ def test_huggingface_clients_parse_the_answers(server: str, monkeypatch: pytest.
     assert client("forth").translation(TEXT).translation_text is not None
     with pytest.raises(HfHubHTTPError, match="unknown task 'nothing'"):
         client("nothing").text_classification(TEXT)
+
+
+def test_our_own_client(server: str) -> None:
+    with Client(server) as client:
+        assert client.is_ready()
+        tasks = client.tasks()
+        assert (tasks["topic"]["kind"], tasks["forth"]["kind"]) == ("classification", "generation")
+        for name, task in tasks.items():
+            assert client.predict(name, task["example"]["inputs"]), name
+        assert len(client.predict("topic", [TEXT, "good"], {"top_k": 2})[1]) == 2
+        assert {name: len(of) for name, of in client.predict_tasks([TEXT], ["topic", "names"]).items()} == {
+            "topic": 1,
+            "names": 1,
+        }
+        events = list(client.stream("forth", TEXT))
+        assert events[-1]["generated_text"] == client.predict("forth", TEXT)[0]["generated_text"]
+        with pytest.raises(UnknownTaskError, match="unknown task 'nothing'"):
+            client.predict("nothing", TEXT)
+        with pytest.raises(InputError, match="input 1"):
+            client.predict("topic", [TEXT, 3])
+
+
+def test_tritons_client_speaks_the_open_inference_protocol(server: str) -> None:
+    from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
+    from tritonclient.utils import InferenceServerException
+
+    client = InferenceServerClient(server.removeprefix("http://"))
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("topic", "1")
+    assert client.get_server_metadata()["name"] == "mtserve"
+    names = [tensor["name"] for tensor in client.get_model_metadata("topic")["outputs"]]
+    assert names == ["label", "score", "prediction"]
+    wanted = [one[0] for one in httpx.post(server + "/tasks/topic", json={"inputs": [TEXT, "good é"]}).json()]
+    for binary in (True, False):
+        texts = InferInput("text", [2], "BYTES")
+        texts.set_data_from_numpy(np.array([TEXT, "good é"], object), binary_data=binary)
+        outputs = [InferRequestedOutput(name, binary_data=binary) for name in names]
+        for asked in (None, outputs):
+            found = client.infer("topic", [texts], request_id="7", outputs=asked, parameters={"top_k": 1})
+            assert found.get_response()["id"] == "7"
+            labels = [one.decode() if isinstance(one, bytes) else one for one in found.as_numpy("label")]
+            assert labels == [one["label"] for one in wanted]
+            assert found.as_numpy("score") == pytest.approx([one["score"] for one in wanted], abs=1e-6)
+            assert [len(json.loads(cell)) for cell in found.as_numpy("prediction")] == [1, 1]
+    with pytest.raises(InferenceServerException, match="unknown task 'nothing'"):
+        client.infer("nothing", [texts])
+    client.close()
 
 
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # BentoML's imports

@@ -28,7 +28,7 @@ from mtserve.score.cutting import Part
 from mtserve.score.job import Job, Todo, Told
 from mtserve.score.parts import Parts, Receipt
 from mtserve.settings import Settings
-from mtserve.share import Share
+from mtserve.share import Share, keep_few_kernels
 
 _LOOK_S = 0.5
 
@@ -45,6 +45,7 @@ def engine_for(location: str, settings: Settings, *, workers: int = 1) -> Engine
     Raises as a server does that loads it, also for golden rows that are not reproduced.
     """
     checkpoint = Checkpoint.open(resolve(location))
+    keep_few_kernels()
     share = Share.of(settings, workers=workers, torch=checkpoint.manifest.exported is None)
     loaded = opened([checkpoint], settings, share.threads)
     share.settle(loaded.speeds(share.cores))

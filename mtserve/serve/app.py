@@ -34,7 +34,7 @@ def make_app(root: Root, *, assets: Path) -> Starlette:
     """All routes; `assets` is a folder with the files of Swagger UI."""
 
     async def openapi(request: Request) -> Response:
-        return JSONResponse(document(root.table()))
+        return JSONResponse(document(root.table(), url=str(request.base_url).rstrip("/")))
 
     async def ready(request: Request) -> Response:
         await root.check()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import mtserve
 from mtserve import errors
 from mtserve.errors import MtserveError
+from mtserve.serve.examples import markdown
 from mtserve.serve.schemas import STREAM, Schema, add_task, error_body, reference
 from mtserve.serve.table import ServedTask, TaskTable
 
@@ -24,13 +25,13 @@ HEADERS = {
 }
 
 
-def document(table: TaskTable) -> Schema:
-    """The OpenAPI document of a table."""
+def document(table: TaskTable, *, url: str = "http://localhost:3000") -> Schema:
+    """The OpenAPI document of a table; `url` is that of the server, for its examples."""
     schemas: dict[str, Schema] = {"Error": error_body()}
     paths: Schema = {}
     for served in table.tasks.values():
         add_task(schemas, served.task)
-        paths[served.url] = {"post": _task_operation(served)}
+        paths[served.url] = {"post": _task_operation(served, markdown(served, url, keys=bool(table.keys)))}
     schemas["Predict"], schemas["Predictions"] = _predict_request(table), _predict_answer(table)
     paths["/predict"] = {"post": _predict_operation(table)}
     paths["/tasks"] = {"get": _get("Names, kinds, labels, options and metrics of all tasks", "listing")}
@@ -52,14 +53,15 @@ def _security_schemes(table: TaskTable) -> Schema:
     return {"securitySchemes": {"bearer": bearer, "header": header}}
 
 
-def _task_operation(served: ServedTask) -> Schema:
+def _task_operation(served: ServedTask, examples: str) -> Schema:
     kind = served.task.kind
     labels = ", ".join(kind.label_names(served.task.options))
+    about = f"Labels: {labels}." if labels else (inspect.getdoc(inspect.getmodule(kind)) or "")
     return {
         "operationId": f"task_{served.name}",
         "tags": [kind.name],
         "summary": f"{kind.name}: {served.name}",
-        "description": f"Labels: {labels}." if labels else (inspect.getdoc(inspect.getmodule(kind)) or ""),
+        "description": f"{about}\n\n{examples}",
         "requestBody": _json_body(f"{served.name}.Request", served.example()),
         "responses": _responses(f"{served.name}.Answer", streams=kind.streams),
     }

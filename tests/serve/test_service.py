@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -102,6 +104,24 @@ def test_huggingface_clients_parse_the_answers(server: str, monkeypatch: pytest.
     assert client("forth").translation(TEXT).translation_text is not None
     with pytest.raises(HfHubHTTPError, match="unknown task 'nothing'"):
         client("nothing").text_classification(TEXT)
+
+
+def test_examples_of_every_task_run_as_they_stand(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = httpx.get(server + "/openapi.json").json()["paths"]
+    tasks = httpx.get(server + "/tasks").json()["tasks"]
+    for task in tasks:
+        page = paths[task["url"]]["post"]["description"]
+        (shell,), (code,) = (re.findall(rf"```{name}\n(.*?)\n```", page, re.DOTALL) for name in ("bash", "python"))
+        exec(compile(code, task["name"], "exec"), {})
+        printed = ast.literal_eval(capsys.readouterr().out)
+        assert printed == httpx.post(server + task["url"], json=task["example"]).json()
+        every = shell.split("\ncurl")
+        assert len(every) == (2 if task["kind"] == "generation" else 1)
+        for line in every:
+            words = [word for word in shlex.split("curl" + line.removeprefix("curl")) if word != "\n"]
+            said = subprocess.run([*words, "-s", "-S", "--max-time", "60"], capture_output=True, text=True, check=True)
+            found = said.stdout if "-N" not in words else said.stdout.split("data: ")[-1]
+            assert json.loads(found), line
 
 
 def test_our_own_client(server: str) -> None:

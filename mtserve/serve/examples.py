@@ -1,0 +1,42 @@
+"""A task's small request as people type it: for curl, and in Python. Made of the kind's own sample; runs nothing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+from mtserve.serve.table import ServedTask
+
+
+def snippets(served: ServedTask, url: str, *, keys: bool) -> dict[str, str]:
+    """Code by the name of its language; `url` is the server's, `keys` whether it wants one."""
+    body = served.example()
+    found = {"bash": _curl(f"{url}{served.url}", body, keys=keys), "python": _python(served, url, keys=keys)}
+    if served.task.kind.streams:
+        found["bash"] += "\n" + _curl(f"{url}{served.url}", {**body, "stream": True}, keys=keys, more=" -N")
+    return found
+
+
+def markdown(served: ServedTask, url: str, *, keys: bool) -> str:
+    """The same for a page."""
+    return "\n\n".join(f"```{name}\n{code}\n```" for name, code in snippets(served, url, keys=keys).items())
+
+
+def _curl(url: str, body: dict[str, Any], *, keys: bool, more: str = "") -> str:
+    said = shlex.quote(json.dumps(body, ensure_ascii=False))
+    key = ' \\\n  -H "Authorization: Bearer $MTSERVE_API_KEY"' if keys else ""
+    return f"curl{more} {url} -H 'Content-Type: application/json'{key} \\\n  -d {said}"
+
+
+def _python(served: ServedTask, url: str, *, keys: bool) -> str:
+    key = ', api_key=os.environ["MTSERVE_API_KEY"]' if keys else ""
+    lines = [
+        *(["import os", ""] if keys else []),
+        "from mtserve.client import Client",
+        "",
+        f"with Client({url!r}{key}) as client:",
+        f"    answer = client.predict({served.name!r}, {served.example()['inputs']!r})",
+        "    print(answer)",
+    ]
+    return "\n".join(lines)

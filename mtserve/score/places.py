@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, Literal, cast, get_args
 
+from mtserve.elsewhere import EXTRAS
 from mtserve.errors import ConfigError, MissingExtraError, ResolveError
 
 Format = Literal["jsonl", "csv", "tsv", "parquet", "arrow"]
@@ -38,7 +39,6 @@ LINES: tuple[Format, ...] = ("jsonl", "csv", "tsv")
 STREAM = "-"
 HUB = "hub:"
 _CHUNK = 2**20
-_EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def file_system(url: str) -> tuple[Any, str]:
     try:
         system, path = url_to_fs(url)
     except ImportError as error:
-        raise MissingExtraError(f"{scheme}:// ", _EXTRAS.get(scheme, scheme)) from error
+        raise MissingExtraError(f"{scheme}:// ", EXTRAS.get(scheme, scheme)) from error
     except ValueError as error:
         raise ConfigError(f"{url}: {error}") from error
     return system, path

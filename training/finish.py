@@ -26,7 +26,6 @@ from mtserve.weights import task_part, trunk_part
 from training.config import RunConfig
 from training.data.audit import audit
 from training.prepare import Prepared
-from training.report.answers import answers
 from training.report.beside import Beside
 from training.report.card import card
 from training.report.evaluate import Scores, evaluate
@@ -112,8 +111,9 @@ def _calibrated(run: Prepared) -> tuple[Prepared, dict[str, Calibration]]:
         if type(of.kind).calibrate is Kind.calibrate:
             continue
         plain = type(of.options).model_validate({**of.options.model_dump(exclude={"temperature", "thresholds"})})
-        predictions = answers(_with(run, {name: plain}).engine, name, of)
-        made = of.kind.calibrate(predictions, of.eval.examples, plain)
+        engine = _with(run, {name: plain}).engine
+        works = engine.prepare_all(name, [of.kind.unlabelled(example) for example in of.eval.examples])
+        made = of.kind.calibrate(works, engine.run(works), of.eval.examples, plain)
         assert made is not None
         found[name] = made
         data[name] = replace(of, options=type(plain).model_validate({**plain.model_dump(), **made.options}))

@@ -234,9 +234,11 @@ class Kind(Evaluation[O_, L_], Generic[O_, P_, E_, L_]):
         stated = {"pooling": reads} if reads != "all" and "pooling" in type(options).model_fields else {}
         return type(options).model_validate({**options.model_dump(), **stated})
 
-    def calibrate(self, predictions: Sequence[Any], examples: Sequence[L_], options: O_) -> Calibration | None:
-        """What makes the scores of these predictions, made with options that hold nothing fitted, mean what they say;
-        None for a kind whose scores are no probabilities."""
+    def calibrate(
+        self, works: Sequence[Work], predictions: Sequence[Any], examples: Sequence[L_], options: O_
+    ) -> Calibration | None:
+        """What makes the scores of these predictions, and of finished works that they were decoded from with options
+        that hold nothing fitted, mean what they say; None for a kind whose scores are no probabilities."""
         return None
 
     # decoding

@@ -180,6 +180,7 @@ class Classification(
 
     def calibrate(
         self,
+        works: Sequence[Work],
         predictions: Sequence[list[LabelScore]],
         examples: Sequence[LabelledClassification],
         options: ClassificationOptions,

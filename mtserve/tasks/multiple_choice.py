@@ -163,6 +163,7 @@ class MultipleChoice(
 
     def calibrate(
         self,
+        works: Sequence[Work],
         predictions: Sequence[list[ChoiceScore]],
         examples: Sequence[LabelledMultipleChoice],
         options: MultipleChoiceOptions,

@@ -10,9 +10,19 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from mtserve.errors import InputError, Problem
-from mtserve.rows import Row
+from mtserve.rows import Floats, Row
 from mtserve.tasks.aggregation import SpanScore, by_word, in_words, span_scores, token_scores, trimmed
-from mtserve.tasks.base import IGNORED, PLAIN, Example, HeadSpec, Kind, LossTerms, Options, Parameters
+from mtserve.tasks.base import (
+    IGNORED,
+    PLAIN,
+    TEMPERATURE,
+    Example,
+    HeadSpec,
+    Kind,
+    LossTerms,
+    Options,
+    Parameters,
+)
 from mtserve.tasks.measures import LabelScores, Metrics, Outcomes, f_scores, label_report
 from mtserve.tasks.scores import softmax
 from mtserve.tasks.spans import (
@@ -32,9 +42,12 @@ from mtserve.text import Text
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mtserve.tasks.calibration import Calibration
+
 
 class TokenClassificationOptions(Options):
     labels: tuple[str, ...] = Field(min_length=1, description="Span labels; the head's outputs are O, B-x and I-x.")
+    temperature: float = TEMPERATURE
 
     @field_validator("labels")
     @classmethod
@@ -140,18 +153,9 @@ class TokenClassification(
     ) -> list[Any]:
         """(len,) a row: the tag of each word at its first token; other tokens, and those that stand with more context
         in a neighbouring window, count in no loss."""
-        words = _words(example)
-        tags = list(example.tags) if example.tags is not None else spans_to_tags(words, _gold(example))
-        names = tag_names(options.labels)
-        unknown = [tag for tag in tags if tag not in names]
-        if unknown:
-            raise InputError(Problem(f"{unknown[0]!r} is not among {', '.join(names)}", field="tags"))
         targets = [np.full(len(row), IGNORED, np.int64) for row in rows]
-        seen: set[int] = set()
-        for number, at, word in _tokens(example.joined, rows, words):
-            if word >= 0 and word not in seen:
-                targets[number][at] = names.index(tags[word])
-            seen.add(word)
+        for number, at, tag in _firsts(example, rows, options):
+            targets[number][at] = tag
         return targets
 
     def loss(
@@ -173,7 +177,8 @@ class TokenClassification(
         placed = list(_tokens(source, work.prompt, words))
         if not placed:
             return []
-        scores = softmax(np.stack([work.logits[number][at] for number, at, _ in placed]))  # (tokens, n_out)
+        logits: Floats = np.stack([work.logits[number][at] for number, at, _ in placed])
+        scores = softmax(np.divide(logits, options.temperature, dtype=np.float32))  # (tokens, n_out)
         offsets = [trimmed(source, *work.prompt[number].offsets[at].tolist()) for number, at, _ in placed]
         names = tag_names(options.labels)
         strategy = parameters.aggregation_strategy
@@ -186,6 +191,22 @@ class TokenClassification(
             found = span_scores(source, scores, offsets, names)
         kept = [f for f in found if (f.get("entity_group") or f["entity"][2:]) not in parameters.ignore_labels]
         return kept if example.words is None else [in_words(f, words) for f in kept]
+
+    def calibrate(
+        self,
+        works: Sequence[Work],
+        predictions: Sequence[list[SpanScore]],
+        examples: Sequence[LabelledTokenClassification],
+        options: TokenClassificationOptions,
+    ) -> Calibration:
+        """Of the tags of words at their first tokens, most of which are O."""
+        from mtserve.tasks.calibration import by_class
+
+        both = list(zip(works, examples, strict=True))
+        found = [(work.logits[n][at], tag) for work, one in both for n, at, tag in _firsts(one, work.prompt, options)]
+        width = len(tag_names(options.labels))
+        logits = np.array([one for one, _ in found], np.float32).reshape(len(found), width)
+        return by_class(softmax(logits), np.array([tag for _, tag in found], np.int64))
 
     def outcomes(
         self,
@@ -249,6 +270,23 @@ def _gold(example: LabelledTokenClassification) -> list[Span]:
     if example.tags is not None and example.words is not None:
         return tags_to_spans(example.tags)
     return [(span.start, span.end, span.label) for span in example.spans or ()]
+
+
+def _firsts(
+    example: LabelledTokenClassification, rows: Sequence[Row], options: TokenClassificationOptions
+) -> list[tuple[int, int, int]]:
+    """(row, position in the row, true tag) of the first token of every word. Raises InputError for an unknown tag."""
+    words = _words(example)
+    tags = list(example.tags) if example.tags is not None else spans_to_tags(words, _gold(example))
+    names = tag_names(options.labels)
+    unknown = [tag for tag in tags if tag not in names]
+    if unknown:
+        raise InputError(Problem(f"{unknown[0]!r} is not among {', '.join(names)}", field="tags"))
+    found: dict[int, tuple[int, int, int]] = {}
+    for number, at, word in _tokens(example.joined, rows, words):
+        if word >= 0:
+            found.setdefault(word, (number, at, names.index(tags[word])))
+    return list(found.values())
 
 
 def _tokens(source: str, rows: Sequence[Row], words: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:

@@ -136,3 +136,17 @@ def test_what_is_in_the_options_is_in_the_answers(tmp_path: Path) -> None:
     truth = KINDS["classification"].labelled.model_validate({"text": "x", "label": ["b"]})
     assert metrics([likely], [truth], options)["accuracy"] == 1
     assert metrics([unlikely], [truth], options)["accuracy"] == 0
+
+
+def test_a_temperature_of_tags_changes_scores_and_no_span() -> None:
+    raw: dict[str, Any] = {"labels": ["a", "b", "c", "d", "e"], "max_length": 32}
+    tasks = {"plain": ("token_classification", raw), "warm": ("token_classification", {**raw, "temperature": 3.0})}
+    small = tiny("bert", tasks=tasks)
+    small.model.head("warm").load_state_dict(small.model.head("plain").state_dict())
+    texts = ["ana silva moved from porto", "the town has rain"]
+    plain, warm = (small.engine.predict(name, texts) for name in tasks)
+    every = [list(zip(one, other, strict=True)) for one, other in zip(plain, warm, strict=True)]
+    assert any(every)
+    for one, other in (pair for of_text in every for pair in of_text):
+        assert {**one, "score": 0} == {**other, "score": 0}
+        assert one["score"] != other["score"]

@@ -92,18 +92,19 @@ def test_training_learns(run_file: Run) -> None:
 
 
 def test_scores_are_calibrated_on_request(run_file: Run, tmp_path: Path) -> None:
-    path = run_file({"topic": "classification", "choice": "multiple_choice", "names": "token_classification"})
+    kinds = {"topic": "classification", "choice": "multiple_choice", "names": "token_classification"}
+    path = run_file({**kinds, "score": "similarity"})
     plain = run(path, f"output={tmp_path / 'plain'}")
     result = run(path, "calibrate=true")
     of = {task.name: task.options for task in result.checkpoint.manifest.tasks}
     before = {task.name: task.options for task in plain.checkpoint.manifest.tasks}
-    for name in ("topic", "choice"):
+    for name in kinds:
         assert before[name]["temperature"] == 1 != of[name]["temperature"]
         assert {**of[name], "temperature": 1.0} == before[name]
         assert result.scores[name].metrics == plain.scores[name].metrics  # no order changes
         row = f"| {name} | {of[name]['temperature']:.3f} | "
         assert row in (result.folder / "README.md").read_text()
-    assert of["names"] == before["names"]
+    assert of["score"] == before["score"]
     text = "the great ana town"
     loaded, trained = (one.predict("topic", [text])[0] for one in (load(result.folder), result.engine))
     assert loaded == trained != load(plain.folder).predict("topic", [text])[0]

@@ -88,7 +88,7 @@ def test_commands(command: list[str], folder: Path) -> None:
 
 def test_python(folder: Path, url: str) -> None:
     found = blocks("python")
-    assert len(found) == 2
+    assert len(found) == 3
     code = "\n".join(found).replace("http://127.0.0.1:3000", url)
     env = {**os.environ, "HF_HUB_OFFLINE": "0"}  # offline, the hub's client refuses loopback addresses too
     done = subprocess.run(

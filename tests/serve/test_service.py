@@ -286,7 +286,8 @@ def test_bare_bentoml_ends_with_one_sentence(tmp_path: Path) -> None:
     assert ended.returncode == 2
     assert ended.stderr.strip().splitlines() == [
         f"mtserve: {tmp_path / 'nothing'} does not exist; "
-        "a model is a folder or a hub id (owner/name or owner/name@revision)"
+        "a model is a folder or a hub id (owner/name or owner/name@revision), a URL (s3://bucket/model) or a tag of "
+        "BentoML's store (bentoml:name:version)"
     ]
 
 

@@ -64,10 +64,11 @@ class Client:
         return self._json("POST", f"/tasks/{task}", {"inputs": inputs, "parameters": dict(parameters or {})})
 
     def predict_tasks(
-        self, inputs: Sequence[Any], tasks: Sequence[str], parameters: Mapping[str, Parameters] | None = None
+        self, inputs: Any, tasks: Sequence[str], parameters: Mapping[str, Parameters] | None = None
     ) -> dict[str, list[Any]]:
-        """By task, its predictions of all inputs, which are encoded once. `parameters` are by task."""
-        body = {"inputs": list(inputs), "tasks": list(tasks), "parameters": dict(parameters or {})}
+        """By task, its predictions of an input, or of each of a list, which are encoded once. `parameters` are by
+        task."""
+        body = {"inputs": inputs, "tasks": tasks, "parameters": dict(parameters or {})}
         outputs: dict[str, list[Any]] = self._json("POST", "/predict", body)["outputs"]
         return outputs
 

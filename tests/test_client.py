@@ -43,11 +43,17 @@ def failed(status: int, code: str, **more: Any) -> httpx.Response:
 def test_what_is_asked() -> None:
     made, asked = client(httpx.Response(200, json=[1]), httpx.Response(200, json={"outputs": {"a": [2]}}), api_key="k")
     assert made.predict("intent", "hello", {"top_k": 1}) == [1]
-    assert made.predict_tasks(iter(["hello"]), ["a"], {"a": {"top_k": 2}}) == {"a": [2]}  # type: ignore[arg-type]
+    assert made.predict_tasks(["hello"], ["a"], {"a": {"top_k": 2}}) == {"a": [2]}
     assert [str(one.url) for one in asked] == ["http://server/tasks/intent", "http://server/predict"]
     assert [one.headers["authorization"] for one in asked] == ["Bearer k"] * 2
     assert json.loads(asked[0].content) == {"inputs": "hello", "parameters": {"top_k": 1}}
     assert json.loads(asked[1].content) == {"inputs": ["hello"], "tasks": ["a"], "parameters": {"a": {"top_k": 2}}}
+
+
+def test_one_text_is_one_input() -> None:
+    made, asked = client(httpx.Response(200, json={"outputs": {"a": [2]}}))
+    assert made.predict_tasks("hello", ("a",)) == {"a": [2]}
+    assert json.loads(asked[0].content) == {"inputs": "hello", "tasks": ["a"], "parameters": {}}
 
 
 def test_an_overloaded_server_is_asked_again_when_it_says(waits: list[float]) -> None:

@@ -82,7 +82,7 @@ def read_request(body: Mapping[str, Any], binary: bytes, task: Task) -> Asked:
     rest = memoryview(binary)
     for tensor in given:
         name = tensor.get("name")
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise InputError(
                 Problem(f"{name!r} is no input of this model; allowed: {', '.join(known)}", field="inputs")
             )
@@ -170,18 +170,15 @@ def _column(tensor: Mapping[str, Any], *, many: bool) -> list[Any]:
 
 
 def _leaves(data: Any) -> Iterator[Any]:
-    """Elements of nested lists, row by row."""
-    if isinstance(data, list):
-        for one in data:
-            yield from _leaves(one)
-    else:
-        yield data
+    """Elements of a list, or of a list of rows, row by row; what is nested deeper is an element, and no text."""
+    for row in data if isinstance(data, list) else [data]:
+        yield from row if isinstance(row, list) else [row]
 
 
 def _listed(cell: str, name: str) -> list[Any]:
     try:
         found = json.loads(cell)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list):
         raise _wrong(name, f"with shape [n] every element must be a list as JSON; found {cell!r:.60}")

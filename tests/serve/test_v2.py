@@ -83,6 +83,14 @@ def test_several_rows_of_several_texts(client: TestClient) -> None:
         assert column(answer, "index") == [one[0]["index"] for one in wanted]
 
 
+@pytest.mark.parametrize("cell", ["[" * 4_000, "{}", "no list", "3"])
+def test_cells_that_are_no_lists_are_said(client: TestClient, cell: str) -> None:
+    asked = {"inputs": [tensor("question", ["what ?"]), tensor("choices", [cell])]}
+    response = client.post("/v2/models/choice/infer", json=asked)
+    assert response.status_code == 422, response.text
+    assert "must be a list as JSON" in response.json()["error"]
+
+
 def test_parameters_and_chosen_outputs(client: TestClient) -> None:
     asked = {
         "inputs": [tensor("text", TEXTS)],
@@ -125,6 +133,8 @@ def text(data: Any, **more: Any) -> dict[str, Any]:
         (text(["a", "b"], shape=[1, 2]), r"inputs.text: shape must be \[n\] or \[n, 1\]"),
         (text([3]), "inputs.text: every element must be a string"),
         (text("a", shape=[1]), "a tensor of shape"),
+        (text([[["a"]]], shape=[1]), "inputs.text: every element must be a string"),
+        ({"inputs": [{**tensor("text", ["a"]), "name": ["text"]}]}, "is no input of this model"),
         (text(["a"], parameters=3), "parameters of a tensor must be an object"),
         (text(["a"], parameters={"binary_data_size": 9}), "binary_data_size is 9; 0 bytes are left"),
         ({"inputs": [tensor("text", ["a", "b"]), tensor("text_pair", ["c"])]}, "equally many rows; found: text 2"),

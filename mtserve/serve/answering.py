@@ -28,8 +28,8 @@ async def answer_items(
     table: TaskTable, served: ServedTask, items: Sequence[Any], parameters: Mapping[str, Any]
 ) -> tuple[list[Any], Usage]:
     """Predictions of one task, an item each. Raises as `answer_task`."""
-    predictions, usage = await _predict(table, {served.name: parameters}, items)
-    return predictions[served.name], usage
+    predictions, usage = await _predict(table, {served.key: parameters}, items)
+    return predictions[served.key], usage
 
 
 async def stream_task(
@@ -43,7 +43,7 @@ async def stream_task(
     items, shape = served.task.kind.split(inputs)
     if shape != "one":
         raise InputError(Problem("a stream takes one input, not a list", field="inputs"))
-    asked = {served.name: parameters}
+    asked = {served.key: parameters}
     async with aclosing(table.model.stream(asked, items, timeout_s=table.settings.timeout_s)) as events:
         async for event in events:
             yield event
@@ -69,7 +69,9 @@ async def answer_tasks(
     ]
     if problems:
         raise InputError(problems)
-    return await _predict(table, {name: parameters.get(name) for name in names}, items)
+    keys = {name: table.task(name).key for name in names}
+    outputs, usage = await _predict(table, {keys[name]: parameters.get(name) for name in names}, items)
+    return {name: outputs[keys[name]] for name in names}, usage
 
 
 def _names(tasks: Any) -> list[str]:

@@ -268,7 +268,9 @@ class Engine(Offline):
         for index, key in enumerate(keys):
             for task in wanted[key]:
                 by_task.setdefault(task, []).append(index)
-        batch = Batch(tuple(rows[key] for key in keys), {task: tuple(i) for task, i in by_task.items()})
+        private = {at for at, key in enumerate(keys) if all(w.private for of in wanted[key].values() for w, _ in of)}
+        wants = {task: tuple(indexes) for task, indexes in by_task.items()}
+        batch = Batch(tuple(rows[key] for key in keys), wants, frozenset(private))
         takers = {task: [wanted[keys[index]][task] for index in indexes] for task, indexes in batch.wanted.items()}
         lengths = [len(row) - self._known(row) for row in batch.rows]
         padded = self.backend.cost(len(lengths), max(lengths), sum(lengths))
@@ -279,23 +281,25 @@ class Engine(Offline):
         if ahead is None:
             return
         logits = ahead.pending.result()
-        wanted = 0
+        wanted, passed = 0, ahead.pending.times.reused < ahead.rows
         for key, takers in ahead.takers.items():
             for each, array in zip(takers, logits[key], strict=True):
                 finite = bool(np.isfinite(array).all())
                 wanted += len(each)
                 for work, at in each:
                     work.logits[at] = array
-                    work.passes.add(self.counters.trunk_passes)
+                    if passed:
+                        work.passes.add(self.counters.trunk_passes)
                     if not finite:
                         work.error = NotFiniteError(work.task)
         tokens = self.backend.tokens - self.counters.tokens
         self.counters.rows += ahead.rows
         self.counters.tokens = self.backend.tokens
-        self.counters.trunk_passes += 1
+        self.counters.trunk_passes += passed
         times, joined = ahead.pending.times, wanted - ahead.rows
         names = tuple(self.tasks[key].name for key in ahead.takers)
-        self.observer.ran(Ran(ahead.rows, joined, tokens, ahead.padded, names, times.trunk_s, times.head_s))
+        how = times.trunk_s, times.head_s, times.reused, self.backend.kept_bytes
+        self.observer.ran(Ran(ahead.rows, joined, tokens, ahead.padded, names, *how))
 
     def finish(self, work: Work) -> Any:
         """The prediction of a finished work. Raises what went wrong with it."""

@@ -87,6 +87,7 @@ async def _predict(table: TaskTable, asked: Asked, items: Sequence[Any]) -> tupl
     limits = table.settings
     if len(items) > limits.max_inputs:
         raise TooLargeError(f"{len(items)} inputs; at most {limits.max_inputs} are allowed")
-    outputs, usage = await table.model.predict(asked, items, timeout_s=limits.timeout_s)
+    private = exchange().private
+    outputs, usage = await table.model.predict(asked, items, timeout_s=limits.timeout_s, private=private)
     exchange().usage = usage.as_dict()
     return outputs, usage

@@ -2,8 +2,8 @@
 
     python -m benchmarks.reuse CHECKPOINT --first intent --second sentiment
 
-Two engines over one checkpoint, one of which keeps outputs, take turns; each round has texts that no other had. `step` is
-trunk and heads alone; `whole` also tokenises and decodes, as `Engine.predict` does.
+Two engines over one checkpoint, one of which keeps outputs, take turns; each round has texts of its own. `step` is the
+trunk and the heads alone; `whole` also tokenises and decodes, as `Engine.predict` does.
 """
 
 from __future__ import annotations

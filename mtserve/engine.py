@@ -24,6 +24,7 @@ import numpy as np
 
 from mtserve.backends.base import Backend, Pending
 from mtserve.batching import Batch, plan
+from mtserve.chains import AnyChain
 from mtserve.errors import ConfigError, InputError, NotFiniteError, Problem, UnknownTaskError
 from mtserve.observer import Observer, Ran
 from mtserve.offline import Offline
@@ -71,7 +72,8 @@ class _Ahead:
 
 
 class Engine(Offline):
-    """All tasks of one trunk. Raises ConfigError for a task whose options do not go with the tokenizer."""
+    """All tasks of one trunk, and chains of them. Raises ConfigError for a task whose options do not go with the
+    tokenizer."""
 
     def __init__(
         self,
@@ -79,12 +81,14 @@ class Engine(Offline):
         backend: Backend,
         text: Text,
         *,
+        chains: Iterable[AnyChain] = (),
         max_batch_tokens: int = DEFAULT_BUDGET,
         max_past_tokens: int = DEFAULT_PAST,
         observer: Observer | None = None,
     ) -> None:
         self.observer = observer or Observer()
-        self.tasks = {task.name: task for task in tasks}
+        self.tasks: dict[str, Task] = {task.name: task for task in tasks}
+        self.chains = {chain.name: chain for chain in chains}
         self.backend = backend
         self.text = text
         self.max_batch_tokens = max_batch_tokens
@@ -103,7 +107,7 @@ class Engine(Offline):
     def task(self, name: str) -> Task:
         """Raises UnknownTaskError."""
         if name not in self.tasks:
-            raise UnknownTaskError(name, self.tasks)
+            raise UnknownTaskError(name, self.tasks, chains=self.chains)
         return self.tasks[name]
 
     def prepare(
@@ -139,33 +143,43 @@ class Engine(Offline):
     def prepare_tasks(
         self, asked: Mapping[str, Mapping[str, Any] | None], items: Sequence[Any], *, stream: bool = False
     ) -> dict[str, list[Work]]:
-        """The same raw items as works of each task asked for, with its parameters; each text is tokenised once.
+        """The same raw items as works of each task asked for, with its parameters, and of the first step of each chain;
+        each text is tokenised once.
 
         Raises UnknownTaskError, or one InputError that names every bad item, and the task where there are several.
         """
         began = time.perf_counter()
-        tasks = [self.task(name) for name in asked]
+        tasks = {name: self._first(name, parameters, stream=stream) for name, parameters in asked.items()}
         text = self.text.ahead()
         parsed: dict[AnyKind, tuple[dict[int, Example], list[Problem]]] = {}
         works: dict[str, list[Work]] = {}
         problems: list[Problem] = []
-        for task in tasks:
+        for name, (task, parameters) in tasks.items():
             if task.kind not in parsed:
                 parsed[task.kind] = _parsed(task.kind, items)
             examples, found = parsed[task.kind]
             texts = (text for example in examples.values() for text in task.kind.texts(example))
             text = text.ahead(texts, task.options.preparation)
-            works[task.name], more = self._works(task, examples, asked[task.name], text, stream=stream)
+            works[name], more = self._works(task, examples, parameters, text, stream=stream)
             said = sorted([*found, *more], key=lambda problem: problem.index or 0)
-            problems += (
-                said if len(tasks) == 1 else [replace(p, message=f"task {task.name!r}: {p.message}") for p in said]
-            )
+            problems += said if len(tasks) == 1 else [replace(p, message=f"task {name!r}: {p.message}") for p in said]
         if problems:
             raise InputError(problems)
         for name, made in works.items():
             self.observer.truncated(name, inputs=sum(work.cut > 0 for work in made))
         self.observer.prepared(tuple(works), seconds=time.perf_counter() - began)
         return works
+
+    def _first(
+        self, name: str, parameters: Mapping[str, Any] | None, *, stream: bool
+    ) -> tuple[Task, Mapping[str, Any] | None]:
+        """The task that items of a name are put to first. Raises UnknownTaskError, and InputError of a chain."""
+        if name not in self.chains:
+            return self.task(name), parameters
+        chain = self.chains[name]
+        if stream:
+            raise InputError(Problem("an answer of a chain comes at once", field="stream"))
+        return self.tasks[chain.first], chain.steps(parameters, self.tasks).first
 
     def _works(
         self,

@@ -20,6 +20,7 @@ LAYERS: list[set[str]] = [
     {"settings", "resolve", "preparation", "batching", "safetensors_file", "profiles", "bundle", "overlap", "client"},
     {"text"},
     {"tasks", "trunk"},
+    {"chains"},
     {"ticket", "waiting", "decisions", "stepper", "offline"},
     {"text_pool"},
     {"heads"},

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from mtserve.chains import AnyChain
 from mtserve.engine import Task
 from mtserve.errors import CapacityError, SetupError, UnknownTaskError
 from mtserve.golden import GoldenReport
@@ -89,22 +90,30 @@ class TaskTable:
     settings: Settings
     model: Model
     keys: Keys = field(default_factory=Keys)
+    chains: Mapping[str, AnyChain] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tasks: Iterable[ServedTask], settings: Settings, model: Model) -> TaskTable:
+    def of(
+        cls, tasks: Iterable[ServedTask], settings: Settings, model: Model, *, chains: Iterable[AnyChain] = ()
+    ) -> TaskTable:
         """Raises SetupError if two tasks have one name, ConfigError for keys that cannot be read."""
         named: dict[str, ServedTask] = {}
         for task in tasks:
             if task.name in named:
                 raise clash(task.name, named[task.name].trunk.entry.source, task.trunk.entry.source)
             named[task.name] = task
-        return cls(MappingProxyType(named), settings, model, Keys.of(settings))
+        by_name = MappingProxyType({chain.name: chain for chain in chains})
+        return cls(MappingProxyType(named), settings, model, Keys.of(settings), by_name)
 
     def task(self, name: str) -> ServedTask:
         """Raises UnknownTaskError."""
         if name not in self.tasks:
-            raise UnknownTaskError(name, self.tasks)
+            raise UnknownTaskError(name, self.tasks, chains=self.chains)
         return self.tasks[name]
+
+    def members(self, chain: AnyChain) -> dict[str, Task]:
+        """The two tasks of a chain."""
+        return {name: self.tasks[name].task for name in (chain.first, chain.then)}
 
     @property
     def trunks(self) -> list[ServedTrunk]:
@@ -112,7 +121,8 @@ class TaskTable:
 
     def listing(self) -> dict[str, Any]:
         """The answer of `GET /tasks`."""
-        return {"tasks": [task.listing() for task in self.tasks.values()]}
+        chains = [chain.model_dump(mode="json") for chain in self.chains.values()]
+        return {"tasks": [task.listing() for task in self.tasks.values()], "chains": chains}
 
 
 class Root:

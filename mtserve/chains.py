@@ -19,7 +19,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import TypedDict
@@ -27,7 +27,8 @@ from typing_extensions import TypedDict
 from mtserve.errors import InputError, Problem
 from mtserve.tasks.base import AnyKind, Example, Options
 from mtserve.tasks.classification import Classification, ClassificationOptions, ClassificationParameters, LabelScore
-from mtserve.tasks.generation import GeneratedText, Generation, GenerationOptions, GenerationParameters
+from mtserve.tasks.decoding import GenerationParameters
+from mtserve.tasks.generation import GeneratedText, Generation, GenerationOptions
 from mtserve.tasks.token_classification import (
     TokenClassification,
     TokenClassificationExample,
@@ -37,7 +38,7 @@ from mtserve.tasks.token_classification import (
 from mtserve.tasks.validation import json_type, validate
 
 T = TypeVar("T")
-Field_ = Literal["text", "text_pair"]
+TextField = Literal["text", "text_pair"]
 Values = Mapping[str, Any]
 
 
@@ -192,8 +193,8 @@ class Spans(Chain):
 
     link: Literal["spans"] = "spans"
     labels: tuple[str, ...] | None = Field(default=None, min_length=1, description="Of spans that are followed; all.")
-    span: Field_ = Field(default="text_pair", description="The field that the span is put into.")
-    text: Field_ | None = Field(default="text", description="The field of the whole text; null for none.")
+    span: TextField = Field(default="text_pair", description="The field that the span is put into.")
+    text: TextField | None = Field(default="text", description="The field of the whole text; null for none.")
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Spans:
@@ -216,11 +217,12 @@ class Spans(Chain):
 
     def items(self, example: Example, prediction: Sequence[Any]) -> list[dict[str, str]]:
         assert isinstance(example, TokenClassificationExample)
-        whole = {} if self.text is None else {self.text: example.joined}
+        whole: dict[str, str] = {} if self.text is None else {self.text: example.joined}
         return [{**whole, self.span: one["word"]} for one in self._followed(prediction)]
 
     def joined(self, prediction: Sequence[Any], answers: Sequence[Any]) -> list[FollowedSpan]:
-        return [{**one, "then": answer} for one, answer in zip(self._followed(prediction), answers, strict=True)]
+        both = zip(self._followed(prediction), answers, strict=True)
+        return [cast("FollowedSpan", {**one, "then": answer}) for one, answer in both]
 
     def flat_types(self, options: Any) -> Values:
         return {"spans": self.prediction}
@@ -266,8 +268,7 @@ class Rerank(Chain):
         rest = iter(answers)
         scored = [[one for one in next(rest) if one["label"] == self.label] if _has_text(p) else [] for p in prediction]
         order = sorted(range(len(scored)), key=lambda at: -scored[at][0]["score"] if scored[at] else float("inf"))
-        ranked: list[RankedText] = [{**prediction[at], "then": scored[at]} for at in order]
-        return ranked
+        return [cast("RankedText", {**prediction[at], "then": scored[at]}) for at in order]
 
     def flat_types(self, options: Any) -> Values:
         """The best candidate."""
@@ -283,8 +284,10 @@ ChainEntry = Annotated[AnyChain, Field(discriminator="link")]
 LINKS: Mapping[str, type[AnyChain]] = {"spans": Spans, "rerank": Rerank}
 
 
-def make_chain(name: str, fields: Values) -> AnyChain:
+def make_chain(name: str, fields: Any) -> AnyChain:
     """A chain from its fields. Raises ValueError in one sentence."""
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"chain {name!r} must be a mapping; found {json_type(fields)}")
     link = str(fields.get("link"))
     if link not in LINKS:
         raise ValueError(f"chain {name!r}: link {link!r} is unknown; allowed: {', '.join(LINKS)}")

@@ -175,7 +175,8 @@ def _committed(
     outdated: Collection[str] = (),
     chains: Sequence[AnyChain] | None = None,
 ) -> Checkpoint:
-    """`chains` are those before unless they are given. `card` is added to the card; what was added to it for tasks that are all `outdated` goes."""
+    """`chains` are those before unless they are given. `card` is added to the card; what was added to it for tasks that
+    are all `outdated` goes."""
     folder, before = checkpoint.folder, checkpoint.manifest
     paths = [before.trunk.weights, "trunk/config.json", "tokenizer.json"]
     for entry in entries:

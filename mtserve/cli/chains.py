@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,7 +38,14 @@ def add(
     from mtserve.chains import make_chain
     from mtserve.checkpoint import Checkpoint
 
-    given = {"span": span, "text": text, "label": label, "candidates": candidates, "first": first, "then": then}
+    given: dict[str, Any] = {
+        "span": span,
+        "text": text,
+        "label": label,
+        "candidates": candidates,
+        "first": first,
+        "then": then,
+    }
     fields = {key: value for key, value in given.items() if value is not None}
     if labels is not None:
         fields["labels"] = [one.strip() for one in labels.split(",")]

@@ -59,8 +59,8 @@ async def stream_task(
 async def answer_tasks(
     table: TaskTable, *, inputs: Any, tasks: Any, parameters: Mapping[str, Any]
 ) -> tuple[dict[str, list[Any]], Usage]:
-    """Predictions of several tasks and chains for the same inputs. Raises UnknownTaskError, else as `answer_task`; problems name
-    their task."""
+    """Predictions of several tasks and chains for the same inputs. Raises UnknownTaskError, else as `answer_task`;
+    problems name their task."""
     items = inputs if isinstance(inputs, list) else [inputs]
     names = [name if name in table.chains else table.task(name).name for name in _names(tasks)]
     exchange().tasks = _counted(table, names)

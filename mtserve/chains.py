@@ -21,16 +21,17 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import TypedDict
 
 from mtserve.errors import InputError, Problem
+from mtserve.tasks import KINDS
+from mtserve.tasks.aggregation import SpanScore
 from mtserve.tasks.base import AnyKind, Example, Options
-from mtserve.tasks.classification import Classification, ClassificationOptions, ClassificationParameters, LabelScore
+from mtserve.tasks.classification import ClassificationOptions, ClassificationParameters, LabelScore
 from mtserve.tasks.decoding import GenerationParameters
-from mtserve.tasks.generation import GeneratedText, Generation, GenerationOptions
+from mtserve.tasks.generation import GeneratedText, GenerationOptions
 from mtserve.tasks.token_classification import (
-    TokenClassification,
     TokenClassificationExample,
     TokenClassificationOptions,
     TokenClassificationParameters,
@@ -90,12 +91,12 @@ class RankedText(GeneratedText):
 class Chain(BaseModel):
     """Two tasks of one checkpoint, by name.
 
-    kinds        that the two tasks have
+    kinds        of the two tasks
     prediction   type of the answer to one input, JSON-ready
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    kinds: ClassVar[tuple[type[AnyKind], type[AnyKind]]]
+    kinds: ClassVar[tuple[str, str]]
     prediction: ClassVar[Any]
 
     name: str
@@ -108,8 +109,8 @@ class Chain(BaseModel):
             name = getattr(self, role)
             if name not in tasks:
                 raise ValueError(f"chain {self.name!r}: no task {name!r}; allowed: {', '.join(tasks) or 'none'}")
-            if (found := tasks[name].kind.name) != wanted.name:
-                raise ValueError(f"chain {self.name!r}: {role} {name!r} is a {found}; allowed: a {wanted.name}")
+            if (found := tasks[name].kind.name) != wanted:
+                raise ValueError(f"chain {self.name!r}: {role} {name!r} is a {found}; allowed: a {wanted}")
         try:
             self._check(tasks[self.first].options, tasks[self.then].options)
             self.steps({}, tasks)
@@ -119,28 +120,25 @@ class Chain(BaseModel):
     def steps(self, given: Values | None, tasks: Tasks) -> Steps:
         """Parameters of both steps, of those that a request gives by task. Raises InputError that names every wrong
         one."""
-        given = given or {}
-        names = (self.first, self.then)
-        problems = [
-            Problem(f"not allowed here; allowed: {', '.join(names)}", field=f"parameters.{name}")
-            for name in given
-            if name not in names
-        ]
+        given, names = given or {}, (self.first, self.then)
+        allowed = f"not allowed here; allowed: {', '.join(names)}"
+        problems = [Problem(allowed, field=f"parameters.{name}") for name in given if name not in names]
         chosen = []
         for name in names:
-            values = {} if given.get(name) is None else given[name]
             try:
-                if not isinstance(values, Mapping):
-                    raise InputError(Problem(f"must be an object; found {json_type(values)}", field="parameters"))
-                chosen.append(self._chosen(name, values, tasks[name]))
+                chosen.append(self._chosen(name, given.get(name), tasks[name]))
             except InputError as error:
-                problems += [Problem(p.message, field=_inside(name, p.field)) for p in error.problems]
+                fields = [(p.message, (p.field or "").removeprefix("parameters")) for p in error.problems]
+                problems += [Problem(message, field=f"parameters.{name}{field}") for message, field in fields]
         if problems:
             raise InputError(problems)
         return Steps(*chosen)
 
-    def _chosen(self, name: str, given: Values, task: Known) -> Values:
+    def _chosen(self, name: str, given: Any, task: Known) -> Values:
         """Checked parameters of a step, as they are asked. Raises InputError with fields `parameters.…`."""
+        given = {} if given is None else given
+        if not isinstance(given, Mapping):
+            raise InputError(f"must be an object; found {json_type(given)}")
         parsed = validate(task.kind.parameters, given, prefix="parameters.")
         wanted = self._of_first(given, parsed, task.options) if name == self.first else self._of_then(given, parsed)
         made = validate(task.kind.parameters, wanted, prefix="parameters.")
@@ -173,13 +171,15 @@ class Chain(BaseModel):
     def joined(self, prediction: Any, answers: Sequence[Any]) -> Any:
         """The chain's answer, of the first task's and of those to its `items`, in their order."""
 
-    @abstractmethod
     def flat_types(self, options: Any) -> Values:
-        """Columns in which a table has the gist of an answer, and their types (as `Kind.flat_types`)."""
+        """Columns in which a table has the gist of an answer, and their types: those of the first task's kind."""
+        kind = KINDS[self.kinds[0]]
+        types = kind.flat_types(options).items()
+        return {name: self.prediction if of == kind.prediction else of for name, of in types}
 
-    @abstractmethod
     def flat(self, prediction: Any, options: Any) -> Values:
         """An answer in those columns."""
+        return KINDS[self.kinds[0]].flat(prediction, options)
 
 
 class Spans(Chain):
@@ -188,7 +188,7 @@ class Spans(Chain):
     By default they stand as in the format `absa` of training: the text, and the span as the second of a pair.
     """
 
-    kinds = (TokenClassification, Classification)
+    kinds = ("token_classification", "classification")
     prediction = list[FollowedSpan]
 
     link: Literal["spans"] = "spans"
@@ -212,29 +212,23 @@ class Spans(Chain):
             raise InputError(Problem("none gives tokens, which a chain does not follow", field=field))
         return given
 
-    def _followed(self, prediction: Sequence[Any]) -> list[Any]:
+    def _followed(self, prediction: Sequence[SpanScore]) -> list[SpanScore]:
         return [one for one in prediction if self.labels is None or one["entity_group"] in self.labels]
 
-    def items(self, example: Example, prediction: Sequence[Any]) -> list[dict[str, str]]:
+    def items(self, example: Example, prediction: Sequence[SpanScore]) -> list[dict[str, str]]:
         assert isinstance(example, TokenClassificationExample)
         whole: dict[str, str] = {} if self.text is None else {self.text: example.joined}
         return [{**whole, self.span: one["word"]} for one in self._followed(prediction)]
 
-    def joined(self, prediction: Sequence[Any], answers: Sequence[Any]) -> list[FollowedSpan]:
+    def joined(self, prediction: Sequence[SpanScore], answers: Sequence[Any]) -> list[FollowedSpan]:
         both = zip(self._followed(prediction), answers, strict=True)
         return [cast("FollowedSpan", {**one, "then": answer}) for one, answer in both]
-
-    def flat_types(self, options: Any) -> Values:
-        return {"spans": self.prediction}
-
-    def flat(self, prediction: list[FollowedSpan], options: Any) -> Values:
-        return {"spans": prediction}
 
 
 class Rerank(Chain):
     """Several answers of a generation, best first by the score that the second task gives the chain's label."""
 
-    kinds = (Generation, Classification)
+    kinds = ("generation", "classification")
     prediction = list[RankedText]
 
     link: Literal["rerank"] = "rerank"
@@ -261,21 +255,14 @@ class Rerank(Chain):
             raise InputError([Problem(said, field=f"parameters.{name}") for name in left_out])
         return given
 
-    def items(self, example: Example, prediction: Sequence[Any]) -> list[dict[str, str]]:
+    def items(self, example: Example, prediction: Sequence[GeneratedText]) -> list[dict[str, str]]:
         return [{"text": one["generated_text"]} for one in prediction if _has_text(one)]
 
-    def joined(self, prediction: Sequence[Any], answers: Sequence[Any]) -> list[RankedText]:
+    def joined(self, prediction: Sequence[GeneratedText], answers: Sequence[Any]) -> list[RankedText]:
         rest = iter(answers)
         scored = [[one for one in next(rest) if one["label"] == self.label] if _has_text(p) else [] for p in prediction]
         order = sorted(range(len(scored)), key=lambda at: -scored[at][0]["score"] if scored[at] else float("inf"))
         return [cast("RankedText", {**prediction[at], "then": scored[at]}) for at in order]
-
-    def flat_types(self, options: Any) -> Values:
-        """The best candidate."""
-        return {"text": str}
-
-    def flat(self, prediction: list[RankedText], options: Any) -> Values:
-        return {"text": prediction[0]["generated_text"]}
 
 
 AnyChain = Spans | Rerank
@@ -291,17 +278,10 @@ def make_chain(name: str, fields: Any) -> AnyChain:
     link = str(fields.get("link"))
     if link not in LINKS:
         raise ValueError(f"chain {name!r}: link {link!r} is unknown; allowed: {', '.join(LINKS)}")
-    made = LINKS[link]
-    if unknown := [field for field in fields if field not in made.model_fields]:
-        allowed = ", ".join(field for field in made.model_fields if field != "name")
-        raise ValueError(f"chain {name!r}: unknown key {unknown[0]!r}; allowed with link {link}: {allowed}")
     try:
-        return made.model_validate({**fields, "name": name})
-    except ValidationError as error:
-        found = error.errors(include_url=False)[0]
-        where = ".".join(map(str, found["loc"]))
-        message = found["msg"].removeprefix("Value error, ")
-        raise ValueError(f"chain {name!r}: {where + ': ' if where else ''}{message}") from error
+        return validate(LINKS[link], {**fields, "name": name})
+    except InputError as error:
+        raise ValueError(f"chain {name!r}: {error}") from error
 
 
 def calls(tasks: Mapping[str, Values], chains: Sequence[tuple[str, Values]]) -> list[dict[str, Values]]:
@@ -324,8 +304,3 @@ def grouped(flat: Sequence[T], of: Sequence[Sequence[Any]]) -> list[list[T]]:
 
 def _has_text(candidate: GeneratedText) -> bool:
     return bool(candidate["generated_text"].strip())
-
-
-def _inside(name: str, field: str | None) -> str:
-    rest = (field or "parameters").removeprefix("parameters").removeprefix(".")
-    return f"parameters.{name}" + (f".{rest}" if rest else "")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mtserve import surgery
-from mtserve.chains import AnyChain, Member, Rerank, Spans, calls, grouped, make_chain
+from mtserve.chains import LINKS, AnyChain, FollowedSpan, Member, Rerank, Spans, calls, grouped, make_chain
 from mtserve.checkpoint import Checkpoint
 from mtserve.errors import CheckpointError, InputError, UnknownTaskError
 from mtserve.interop.split import split_head
@@ -22,6 +24,7 @@ from mtserve.manifest import MANIFEST, read_manifest
 from mtserve.tasks import KINDS
 from mtserve.tasks.classification import ClassificationOptions
 from mtserve.weights import load_model, task_part
+from tests.shared_data import ROOT
 from tests.test_cli import run
 from tests.tiny import tiny, write_checkpoint
 
@@ -319,6 +322,20 @@ def test_what_the_second_task_refuses_is_an_error_of_its_row(tmp_path: Path) -> 
         engine.predict("opinions", ["good", f"{TEXTS[0]} " * 3])
 
 
+# the page
+
+
+def test_the_page_is_true() -> None:
+    """What an answer looks like, the fields that a chain has, and the chains of its run file."""
+    page = (ROOT / "docs/chains.md").read_text(encoding="utf-8")
+    (answer,) = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL))
+    assert all(set(one) == set(FollowedSpan.__annotations__) for one in answer)
+    named = {name for code in re.findall(r"`([^`\n]+)`", page) for name in re.findall(r"\w+", code)}
+    assert {field for link in LINKS.values() for field in link.model_fields if field != "name"} | {*LINKS} <= named
+    (chains,) = (yaml.safe_load(block)["chains"] for block in re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL))
+    assert [make_chain(name, fields).link for name, fields in chains.items()] == ["spans", "rerank"]
+
+
 # the command line
 
 
@@ -350,7 +367,7 @@ def test_commands_add_show_ask_and_remove_chains(folder: Path) -> None:
         (["--link", "loop", "--first", "names", "--then", "topic"], "link 'loop' is unknown; allowed: spans, rerank"),
         (
             ["--link", "spans", "--first", "names", "--then", "topic", "--label", "a"],
-            "unknown key 'label'; allowed with link spans: first, then, link, labels, span, text",
+            "label: not allowed here; allowed: name, first, then, link, labels, span, text",
         ),
         (["--link", "spans", "--first", "names", "--then", "score"], "then 'score' is a similarity"),
         (["--link", "rerank", "--first", "names", "--then", "topic"], "label: Field required"),

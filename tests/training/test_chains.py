@@ -39,7 +39,7 @@ def test_a_run_seals_its_chains(run_file: Run) -> None:
         (["chains.about.first=topic"], "chain 'about': first 'topic' is a classification"),
         (["chains.about.then=gone"], r"chains\.about: wanted are another name and two of names, topic"),
         (["chains.topic={link: spans, first: names, then: topic}"], r"chains\.topic: wanted are another name"),
-        (["chains.about.lable=x"], "chain 'about': unknown key 'lable'; allowed with link spans: first, then"),
+        (["chains.about.lable=x"], "chain 'about': lable: not allowed here; allowed: name, first, then, link"),
         (["chains.about=3"], "chain 'about' must be a mapping; found a number"),
         (["result=trunk"], "chains: allowed with result: checkpoint"),
     ],
@@ -93,8 +93,7 @@ def test_recipes_have_chains_where_their_tasks_are(recipe: str, form: str, chain
     config = read_config(find(recipe), [f"form={form}"])
     assert list(config.chains) == chains
     for chain in config.chains.values():
-        wanted = [kind.name for kind in chain.kinds]
-        assert [config.tasks[name].kind for name in (chain.first, chain.then)] == wanted
+        assert tuple(config.tasks[name].kind for name in (chain.first, chain.then)) == chain.kinds
 
 
 def test_the_span_stands_where_the_reader_puts_a_target(tmp_path: Path) -> None:

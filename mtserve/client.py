@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -95,6 +96,23 @@ class Client:
             except httpx.HTTPError as error:
                 raise self._unreachable(error) from error
 
+    def push_head(self, task: str, file: Path, *, replace: bool = False, untuned: bool = False) -> dict[str, Any]:
+        """Bring a head (`mtserve.head_file`) to the running server under this name, in the place of a task of that name
+        if it is to `replace` it; what `tasks` says of it then. `api_key` is one of the operator's here.
+
+        untuned   take a head that its checkpoint did not measure in the profile in which the server computes
+
+        Raises HeadError where it does not fit; nothing has changed then.
+        """
+        flags = {"replace": str(replace).lower(), "untuned": str(untuned).lower()}
+        found: dict[str, Any] = self._json("PUT", f"/admin/heads/{task}", content=file.read_bytes(), params=flags)
+        return found
+
+    def remove_head(self, task: str) -> list[str]:
+        """Let a task leave the running server; the names of those that are left. `api_key` is one of the operator's."""
+        left: list[str] = self._json("DELETE", f"/admin/heads/{task}")["tasks"]
+        return left
+
     def close(self) -> None:
         self._http.close()
 
@@ -106,10 +124,18 @@ class Client:
     ) -> None:
         self.close()
 
-    def _json(self, method: str, path: str, body: Any = None) -> Any:
+    def _json(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        content: bytes | None = None,
+        params: Mapping[str, str] | None = None,
+    ) -> Any:
         for left in range(self.retries, -1, -1):
             try:
-                answer = self._http.request(method, path, json=body)
+                answer = self._http.request(method, path, json=body, content=content, params=params)
             except httpx.HTTPError as error:
                 raise self._unreachable(error) from error
             if not answer.is_error:

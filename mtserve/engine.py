@@ -16,9 +16,9 @@ for the host; at the end of a step none is under way.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,21 +31,28 @@ from mtserve.offline import Offline
 from mtserve.rows import Row
 from mtserve.tasks.base import AnyKind, Example, Options
 from mtserve.tasks.validation import validate
-from mtserve.tasks.work import Work, room
+from mtserve.tasks.work import Work, key_of, room
 from mtserve.text import Text
 
+T = TypeVar("T")
 DEFAULT_BUDGET = 4096
 DEFAULT_PAST = 32_768
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task as the engine knows it."""
+    """A task as the engine knows it. One that came to a running server has a `version`, so that it and the one whose
+    place it took have keys of their own while requests of both are under way."""
 
     name: str
     kind: AnyKind
     options: Options
     metrics: Mapping[str, float] = field(default_factory=dict)
+    version: str = ""
+
+    @property
+    def key(self) -> str:
+        return key_of(self.name, self.version)
 
 
 @dataclass
@@ -62,7 +69,7 @@ class _Ahead:
     """A batch under way.
 
     padded   tokens that it costs, padding included
-    takers   for each task and each row that it wants, the works that want it, and as which of their rows
+    takers   for each task's key and each row that it wants, the works that want it, and as which of their rows
     """
 
     pending: Pending
@@ -72,8 +79,7 @@ class _Ahead:
 
 
 class Engine(Offline):
-    """All tasks of one trunk, and chains of them. Raises ConfigError for a task whose options do not go with the
-    tokenizer."""
+    """All tasks of one trunk, by key, and chains. Raises ConfigError for options that do not go with the tokenizer."""
 
     def __init__(
         self,
@@ -87,47 +93,55 @@ class Engine(Offline):
         observer: Observer | None = None,
     ) -> None:
         self.observer = observer or Observer()
-        self.tasks: dict[str, Task] = {task.name: task for task in tasks}
+        self.tasks: Mapping[str, Task] = {}  # never changed, but put in another's place, since all threads read it
         self.chains = {chain.name: chain for chain in chains}
         self.backend = backend
         self.text = text
-        self.max_batch_tokens = max_batch_tokens
-        self.max_past_tokens = max_past_tokens
-        for task in self.tasks.values():
-            try:
-                task.kind.check_text(task.options, text)
-            except ConfigError as error:
-                raise ConfigError(f"task {task.name!r}: {error}") from error
+        self.max_batch_tokens, self.max_past_tokens = max_batch_tokens, max_past_tokens
+        for task in tasks:
+            self.add(task)
         self.counters = Counters()  # only `step` writes it
+
+    def add(self, task: Task) -> None:
+        """Know a task whose head the backend has. Raises ConfigError where its options do not go with the tokenizer."""
+        try:
+            task.kind.check_text(task.options, self.text)
+        except ConfigError as error:
+            raise ConfigError(f"task {task.name!r}: {error}") from error
+        self.tasks = {**self.tasks, task.key: task}
+
+    def remove(self, key: str) -> None:
+        """Forget a task of which no work is left."""
+        self.tasks = {known: task for known, task in self.tasks.items() if known != key}
 
     @property
     def apart(self) -> bool:
         return self.backend.hardware.device != "cpu"
 
-    def task(self, name: str) -> Task:
+    def task(self, key: str) -> Task:
         """Raises UnknownTaskError."""
-        if name not in self.tasks:
-            raise UnknownTaskError(name, self.tasks, chains=self.chains)
-        return self.tasks[name]
+        if (found := self.tasks.get(key)) is None:
+            raise UnknownTaskError(key, self.tasks, chains=self.chains)
+        return found
 
     def prepare(
-        self, name: str, example: Example, parameters: Mapping[str, Any] | None = None, *, stream: bool = False
+        self, key: str, example: Example, parameters: Mapping[str, Any] | None = None, *, stream: bool = False
     ) -> Work:
         """A validated example as work; `stream` for one whose answer is read along.
 
         Raises InputError for a wrong parameter or a text that the task refuses.
         """
-        return self._prepare(name, example, parameters, self.text, stream=stream)
+        return self._prepare(self.task(key), example, parameters, self.text, stream=stream)
 
     def _prepare(
-        self, name: str, example: Example, parameters: Mapping[str, Any] | None, text: Text, *, stream: bool
+        self, task: Task, example: Example, parameters: Mapping[str, Any] | None, text: Text, *, stream: bool
     ) -> Work:
-        task = self.task(name)
         chosen = validate(task.kind.parameters, parameters or {}, prefix="parameters.")
         task.kind.check(example, task.options, chosen)
         if stream:
             task.kind.check_stream(task.options, chosen)
-        work = Work(name, example, chosen, task.kind.rows(example, task.options, text), streamed=stream)
+        rows = task.kind.rows(example, task.options, text)
+        work = Work(task.name, example, chosen, rows, streamed=stream, head=task.key)
         task.kind.begin(work, task.options, text)
         if room([work]) > self.max_past_tokens:
             found = f"the prompt and its answers may take {room([work])} tokens at once"
@@ -143,13 +157,12 @@ class Engine(Offline):
     def prepare_tasks(
         self, asked: Mapping[str, Mapping[str, Any] | None], items: Sequence[Any], *, stream: bool = False
     ) -> dict[str, list[Work]]:
-        """The same raw items as works of each task asked for, with its parameters, and of the first step of each chain;
-        each text is tokenised once.
+        """The same raw items as works of each task asked for, of a chain of its first step; texts are tokenised once.
 
         Raises UnknownTaskError, or one InputError that names every bad item, and the task where there are several.
         """
         began = time.perf_counter()
-        tasks = {name: self._first(name, parameters, stream=stream) for name, parameters in asked.items()}
+        tasks = {name: (self.task(key), of) for name, (key, of) in self.first_steps(asked, stream=stream).items()}
         text = self.text.ahead()
         parsed: dict[AnyKind, tuple[dict[int, Example], list[Problem]]] = {}
         works: dict[str, list[Work]] = {}
@@ -162,24 +175,14 @@ class Engine(Offline):
             text = text.ahead(texts, task.options.preparation)
             works[name], more = self._works(task, examples, parameters, text, stream=stream)
             said = sorted([*found, *more], key=lambda problem: problem.index or 0)
-            problems += said if len(tasks) == 1 else [replace(p, message=f"task {name!r}: {p.message}") for p in said]
+            told = f"task {task.name!r}: "
+            problems += said if len(tasks) == 1 else [replace(p, message=told + p.message) for p in said]
         if problems:
             raise InputError(problems)
-        for name, made in works.items():
-            self.observer.truncated(name, inputs=sum(work.cut > 0 for work in made))
-        self.observer.prepared(tuple(works), seconds=time.perf_counter() - began)
+        for (task, _), made in zip(tasks.values(), works.values(), strict=True):
+            self.observer.truncated(task.name, inputs=sum(work.cut > 0 for work in made))
+        self.observer.prepared(tuple(task.name for task, _ in tasks.values()), seconds=time.perf_counter() - began)
         return works
-
-    def _first(
-        self, name: str, parameters: Mapping[str, Any] | None, *, stream: bool
-    ) -> tuple[Task, Mapping[str, Any] | None]:
-        """The task that items of a name are put to first. Raises UnknownTaskError, and InputError of a chain."""
-        if name not in self.chains:
-            return self.task(name), parameters
-        chain = self.chains[name]
-        if stream:
-            raise InputError(Problem("an answer of a chain comes at once", field="stream"))
-        return self.tasks[chain.first], chain.steps(parameters, self.tasks).first
 
     def _works(
         self,
@@ -199,7 +202,7 @@ class Engine(Offline):
         problems: list[Problem] = []
         for index, example in examples.items():
             try:
-                works.append(self._prepare(task.name, example, parameters, text, stream=stream))
+                works.append(self._prepare(task, example, parameters, text, stream=stream))
             except InputError as error:
                 problems += error.at(index).problems
         return works, problems
@@ -215,7 +218,7 @@ class Engine(Offline):
             work.logits = [np.empty(0, np.float32)] * len(work.rows)
             for at, row in enumerate(work.rows):
                 rows.setdefault(row.key, row)
-                wanted.setdefault(row.key, {}).setdefault(work.task, []).append((work, at))
+                wanted.setdefault(row.key, {}).setdefault(work.head, []).append((work, at))
         ahead: _Ahead | None = None
         try:
             for keys in self._batches(rows):
@@ -246,7 +249,7 @@ class Engine(Offline):
 
     def _advanced(self, work: Work) -> bool:
         """Take in the logits of a work; whether it is finished, be it with an error."""
-        task = self.tasks[work.task]
+        task = self.tasks[work.head]
         try:
             if work.error is not None:
                 raise work.error
@@ -277,30 +280,33 @@ class Engine(Offline):
             return
         logits = ahead.pending.result()
         wanted = 0
-        for task, takers in ahead.takers.items():
-            for each, array in zip(takers, logits[task], strict=True):
+        for key, takers in ahead.takers.items():
+            for each, array in zip(takers, logits[key], strict=True):
                 finite = bool(np.isfinite(array).all())
                 wanted += len(each)
                 for work, at in each:
                     work.logits[at] = array
                     work.passes.add(self.counters.trunk_passes)
                     if not finite:
-                        work.error = NotFiniteError(task)
+                        work.error = NotFiniteError(work.task)
         tokens = self.backend.tokens - self.counters.tokens
         self.counters.rows += ahead.rows
         self.counters.tokens = self.backend.tokens
         self.counters.trunk_passes += 1
         times, joined = ahead.pending.times, wanted - ahead.rows
-        self.observer.ran(
-            Ran(ahead.rows, joined, tokens, ahead.padded, tuple(ahead.takers), times.trunk_s, times.head_s)
-        )
+        names = tuple(self.tasks[key].name for key in ahead.takers)
+        self.observer.ran(Ran(ahead.rows, joined, tokens, ahead.padded, names, times.trunk_s, times.head_s))
 
     def finish(self, work: Work) -> Any:
         """The prediction of a finished work. Raises what went wrong with it."""
         if work.error is not None:
             raise work.error
-        task = self.tasks[work.task]
+        task = self.tasks[work.head]
         return task.kind.decode(work, task.options, self.text)
+
+    def call(self, call: Callable[[], T]) -> T:
+        """What a call gives, which is to run in the thread that steps; see `mtserve.stepper`."""
+        return call()
 
     def release(self) -> None:
         """Free what is kept for works that nobody holds; for the thread that steps, when it has nothing to do."""
@@ -308,7 +314,7 @@ class Engine(Offline):
 
     def emit(self, work: Work) -> list[Any]:
         """JSON-ready events of a work that is read along: what came since the last call."""
-        task = self.tasks[work.task]
+        task = self.tasks[work.head]
         return [] if work.error is not None else task.kind.emit(work, task.options, self.text)
 
 

@@ -7,6 +7,7 @@
     │   ├── UnknownTaskError          404 unknown_task
     │   ├── UnknownRouteError         404 not_found
     │   ├── MethodError               405 method_not_allowed
+    │   ├── HeadError                 409 head_refused       a head that cannot come to, or leave, this server
     │   └── TooLargeError             413 too_large
     ├── NotFiniteError                500 not_finite         the model gave no numbers for this input
     ├── CapacityError                 503 unavailable        right request, wrong moment
@@ -119,6 +120,13 @@ class MethodError(RequestError):
 
     code = "method_not_allowed"
     status = 405
+
+
+class HeadError(RequestError):
+    """A head cannot come to this server or leave it: it does not fit its trunk, its answers, or what is served."""
+
+    code = "head_refused"
+    status = 409
 
 
 class TooLargeError(RequestError):

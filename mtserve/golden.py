@@ -46,22 +46,22 @@ class GoldenReport:
 
 def check_golden(engine: Engine, task: str, rows: Sequence[GoldenRow], *, tolerance: float) -> GoldenReport:
     """Encode the golden inputs again. Raises CheckpointError if their ids differ (another tokenizer)."""
-    worst = 0.0
+    worst, name = 0.0, engine.task(task).name
     for number, row in enumerate(rows):
         work = engine.prepare(task, engine.task(task).kind.parse(row.input))
         if [r.ids.tolist() for r in work.rows] != row.ids:
             raise CheckpointError(
-                f"task {task!r}: golden row {number} is tokenised differently than when it was sealed"
+                f"task {name!r}: golden row {number} is tokenised differently than when it was sealed"
             )
         engine.step([work])
         for array, wanted in zip(work.logits, row.logits, strict=True):
             expected = np.asarray(wanted, np.float32)
             found = array[..., :GOLDEN_WIDTH]
             if found.shape != expected.shape:
-                raise CheckpointError(f"task {task!r}: golden row {number} has logits of another shape")
+                raise CheckpointError(f"task {name!r}: golden row {number} has logits of another shape")
             scale = max(1.0, float(np.abs(expected).max(initial=0)))
             worst = max(worst, largest_difference(found, expected) / scale)
-    return GoldenReport(task, len(rows), worst, tolerance)
+    return GoldenReport(name, len(rows), worst, tolerance)
 
 
 def largest_difference(one: Floats, other: Floats) -> float:

@@ -15,6 +15,7 @@ from mtserve.checkpoint import Checkpoint
 from mtserve.engine import DEFAULT_BUDGET, DEFAULT_PAST, Engine, Task
 from mtserve.errors import CheckpointError, ConfigError, MissingExtraError
 from mtserve.golden import GoldenReport, check_golden
+from mtserve.head_file import HeadFile
 from mtserve.profiles import PRECISIONS, Hardware, choose, profile_key, together
 from mtserve.resolve import resolve
 from mtserve.text import Text
@@ -156,6 +157,26 @@ def _onnx(checkpoints: Sequence[Checkpoint], exported: Exported, profile: str | 
     text = bundle.manifest.text
     check_vocabulary(bundle.text(), exported.vocab_size, text.pad_id)
     return OnnxBackend(Graphs(bundle.folder, exported, runtime), pad_id=text.pad_id)
+
+
+def add_head(engine: Engine, task: Task, head: HeadFile) -> None:
+    """Put a head that was sent, as this task, on an engine that runs; to be called where that steps (`Stepper.call`).
+
+    Where it fails, nothing has changed. Raises CheckpointError for a bundle, for tensors that do not fit the task, and
+    ConfigError for options that do not go with the tokenizer.
+    """
+    engine.backend.add(task.key, head)
+    try:
+        engine.add(task)
+    except ConfigError:
+        engine.backend.remove(task.key)
+        raise
+
+
+def remove_head(engine: Engine, key: str) -> None:
+    """Free a head of which no work is left; to be called where the engine steps."""
+    engine.remove(key)
+    engine.backend.remove(key)
 
 
 def check_vocabulary(text: Text, rows: int, pad_token_id: int | None) -> None:

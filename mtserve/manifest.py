@@ -30,13 +30,13 @@ from mtserve.text import TextSpec
 FORMAT, WITH_CHAINS = 1, 2
 """Formats: a manifest with chains has another one, so that who knows no chains refuses it and reads all others."""
 MANIFEST = "mtserve.json"
-_TASK_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+TASK_NAME = r"[a-z0-9][a-z0-9_.-]{0,63}"
 
 
 def check_task_name(name: str) -> str:
     """The name itself: it is a folder, a URL and a column too. Raises ValueError."""
-    if not _TASK_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no task name; allowed: {_TASK_NAME.pattern}")
+    if not re.fullmatch(TASK_NAME, name):
+        raise ValueError(f"{name!r} is no task name; allowed: {TASK_NAME}")
     return name
 
 
@@ -97,7 +97,7 @@ class TaskEntry(_Entry):
         try:
             _ = self.parsed_options
         except ValidationError as error:
-            raise ValueError(f"options of task {self.name!r}: {_first(error)}") from error
+            raise ValueError(f"options of task {self.name!r}: {first_problem(error)}") from error
         return self
 
     @property
@@ -247,7 +247,7 @@ class Manifest(_Entry):
                     f"the head of task {task.name!r} was trained on trunk {task.trunk[:12]}, "
                     f"this checkpoint holds {self.trunk.fingerprint[:12]}"
                 )
-            _check_against_trunk(task, self.trunk)
+            check_against_trunk(task, self.trunk)
         for path in used:
             if path not in self.files:
                 raise ValueError(f"{path!r} is used but not listed under files")
@@ -294,16 +294,16 @@ def checked_manifest(raw: Mapping[str, Any], path: Path) -> Manifest:
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        raise CheckpointError(f"{path}: {_first(error)}") from error
+        raise CheckpointError(f"{path}: {first_problem(error)}") from error
 
 
-def _first(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     found = error.errors(include_url=False)[0]
     where = ".".join(map(str, found["loc"]))
     return f"{where + ': ' if where else ''}{found['msg'].removeprefix('Value error, ')}"
 
 
-def _check_against_trunk(task: TaskEntry, trunk: TrunkEntry) -> None:
+def check_against_trunk(task: TaskEntry, trunk: TrunkEntry) -> None:
     """Raise ValueError if the trunk cannot do what the task's options ask of it."""
     options = task.parsed_options
     if trunk.max_length is not None and options.max_length > trunk.max_length:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from mtserve.errors import CheckpointError
 from mtserve.heads import Head, PairHead, PoolingHead, StockHead, TrunkStates
 from mtserve.tasks.base import HeadSpec
+from mtserve.tasks.work import named
 from mtserve.trunk import inputs_of
 
 
@@ -35,6 +36,10 @@ class Model(nn.Module):
         self.heads[module_name(task)] = head.train(self.training)
         self.specs[task] = spec
         return head
+
+    def remove(self, task: str) -> None:
+        """Take a head off the trunk."""
+        del self.heads[module_name(task)], self.specs[task]
 
     def head(self, task: str) -> Head:
         return cast("Head", self.heads[module_name(task)])
@@ -71,16 +76,17 @@ class Model(nn.Module):
     @torch.no_grad()
     def load_head(self, task: str, tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> None:
         """Fill a head. Raises CheckpointError if names or shapes differ from what the head needs."""
+        name_shown = named(task)
         if self.tied(task) != dict(tied):
-            raise CheckpointError(f"task {task!r}: tied tensors {dict(tied)} declared, {self.tied(task)} needed")
+            raise CheckpointError(f"task {name_shown!r}: tied tensors {dict(tied)} declared, {self.tied(task)} needed")
         wanted = {name: tensor for name, tensor in self.head_state(task).items() if name not in tied}
         for name in sorted(wanted.keys() ^ tensors.keys()):
             fault = "is missing from" if name in wanted else "does not belong into"
-            raise CheckpointError(f"task {task!r}: tensor {name} {fault} the head's file")
+            raise CheckpointError(f"task {name_shown!r}: tensor {name} {fault} the head's file")
         for name, tensor in wanted.items():
             if tensor.shape != tensors[name].shape:
                 shapes = f"{tuple(tensors[name].shape)} found, {tuple(tensor.shape)} needed"
-                raise CheckpointError(f"task {task!r}: tensor {name} has a wrong shape: {shapes}")
+                raise CheckpointError(f"task {name_shown!r}: tensor {name} has a wrong shape: {shapes}")
             tensor.copy_(tensors[name])
 
 

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from mtserve.chains import AnyChain, Tasks, grouped
-from mtserve.errors import InputError
+from mtserve.errors import InputError, Problem
 from mtserve.overlap import overlapped
 from mtserve.tasks.work import Work, fits
 
@@ -60,6 +60,17 @@ class Offline:
 
     @abstractmethod
     def release(self) -> None: ...
+
+    def first_steps(self, asked: Asked, *, stream: bool) -> dict[str, tuple[str, Mapping[str, Any] | None]]:
+        """What is asked first under each name: the task itself, or the first one of a chain, and its parameters. Raises
+        InputError for what cannot be asked of a chain."""
+        found = {name: (name, parameters) for name, parameters in asked.items()}
+        for name in asked:
+            if (chain := self.chains.get(name)) is not None:
+                if stream:
+                    raise InputError(Problem("an answer of a chain comes at once", field="stream"))
+                found[name] = chain.first, chain.steps(asked[name], self.tasks).first
+        return found
 
     def complete(self, works: Sequence[Work]) -> None:
         """Step works until all are finished, whatever number of steps they take; as many at once as there is room

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,14 +38,7 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a file by name, sorted. Raises CheckpointError if the header and the file's size disagree."""
     size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise CheckpointError(f"{path} is not a whole safetensors file ({size} bytes)")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{path} has a damaged header: {error}") from error
+    header, length = _header(path)
     header.pop("__metadata__", None)
     try:
         infos = {name: _info(name, entry, 8 + length) for name, entry in sorted(header.items())}
@@ -55,6 +50,43 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             found = f"{info.end - info.start} bytes for {info.dtype}{list(info.shape)}"
             raise CheckpointError(f"{path}: tensor {info.name} does not fit the file: {found}")
     return infos
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file says beside its tensors. Raises CheckpointError for a header that is none."""
+    found = _header(path)[0].get("__metadata__", {})
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CheckpointError(f"{path} has a damaged header: __metadata__ is no object of strings")
+    return found
+
+
+def copy_with(metadata: Mapping[str, str], source: Path | None, target: Path) -> None:
+    """Write the tensors of a file (None: no tensor) to another one that says this beside them."""
+    header, length = ({}, 0) if source is None else _header(source)
+    packed = json.dumps({**header, "__metadata__": {**metadata}}, ensure_ascii=False).encode()
+    packed += b" " * (-len(packed) % 8)  # the tensors stay aligned
+    with target.open("wb") as file:
+        file.write(len(packed).to_bytes(8, "little") + packed)
+        if source is not None:
+            with source.open("rb") as tensors:
+                tensors.seek(8 + length)
+                shutil.copyfileobj(tensors, file, _PIECE)
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """(the header as it stands, its bytes)."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise CheckpointError(f"{path} is not a whole safetensors file ({size} bytes)")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} has a damaged header: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a damaged header: it is no object")
+    return header, length
 
 
 def _info(name: str, entry: dict[str, Any], base: int) -> TensorInfo:

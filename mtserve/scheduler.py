@@ -27,7 +27,8 @@ Invariants (tests/test_scheduler.py holds them):
     freed when nothing runs.
 10. After MUCH tokens, `tidy` is called from the engine's thread, between two rounds: once it was idle for IDLE_S, or
     TIDY_S after the last time.
-11. The events of a request that is read along come in order and complete, its error after them; what reads them never
+11. A call for `between` runs where the engine steps, while it does not, before the thread ends.
+12. The events of a request that is read along come in order and complete, its error after them; what reads them never
     holds up the engine.
 
 The tokenizer runs in a pool of threads before a request is queued, and decoding after its last step, so that the event
@@ -40,23 +41,25 @@ import logging
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from mtserve.errors import CapacityError, DeadlineError, MtserveError, OverloadedError, TooLargeError
 from mtserve.observer import Observer, Reason
-from mtserve.stepper import Stepper
-from mtserve.tasks.work import Work, fits
+from mtserve.stepper import Stepper, stepped
+from mtserve.tasks.work import Work, fits, named
 from mtserve.text_pool import TextPool
-from mtserve.ticket import Ticket, late
+from mtserve.ticket import Ticket, closed, late
 from mtserve.waiting import Rate, Waiting
 
 DEFAULT_QUEUE_TOKENS = 262_144
 DEFAULT_TIMEOUT_S = 60.0
 INTERLEAVE_TOKENS = 512
 IDLE_S, TIDY_S, MUCH = 2.0, 10.0, 16_384
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -87,6 +90,7 @@ class Scheduler:
         self._waiting: Waiting[Ticket] = Waiting(weights)
         self._rate = Rate()
         self._open: set[Ticket] = set()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._closing = False
         self._texts = TextPool(pool_threads)
         self._thread = threading.Thread(target=self._serve, name="mtserve-engine", daemon=True)
@@ -101,7 +105,7 @@ class Scheduler:
         stream: bool = False,
     ) -> dict[str, list[Work]]:
         """`engine.prepare_tasks` in the pool. Raises what that raises, what `refuse` raises, or DeadlineError."""
-        task = next(iter(asked))
+        task = named(next(iter(asked)))
         self.refuse(task)
         call = partial(self._engine.prepare_tasks, asked, items, stream=stream)
         try:
@@ -146,6 +150,16 @@ class Scheduler:
             error = late() if late_now else CapacityError("the request was withdrawn")
             self._settle(ticket, error=error, reason="deadline" if late_now else "withdrawn")
 
+    def between(self, call: Callable[[], T]) -> Future[T]:
+        """What a call gives or raises, between two steps. Raises CapacityError when closing."""
+        called: Future[T] = Future()
+        with self._changed:
+            if self._closing:
+                raise closed()
+            self._calls.append((call, called))
+            self._changed.notify()
+        return called
+
     def close(self, *, timeout_s: float = 10.0) -> None:
         """Accept nothing more, answer what was accepted, end the thread; after `timeout_s` fail what is left."""
         with self._changed:
@@ -156,7 +170,7 @@ class Scheduler:
         if not drained:
             with self._changed:
                 for ticket in list(self._open):
-                    self._settle(ticket, error=_closed(), reason="closing")
+                    self._settle(ticket, error=closed(), reason="closing")
         self._texts.close(wait=drained)
 
     def _refuse(self, task: str, tokens: int, *, coming: int = 0) -> None:
@@ -164,7 +178,7 @@ class Scheduler:
         waiting, most = self._waiting.tokens + coming, self.max_queue_tokens
         if self._closing:
             self._observer.dropped(task, "closing")
-            raise _closed()
+            raise closed()
         if tokens > most:
             self._observer.dropped(task, "too_large")
             raise TooLargeError(f"the request has {tokens} tokens; at most {most} are allowed")
@@ -200,6 +214,8 @@ class Scheduler:
     def _serve(self) -> None:
         running: dict[Work, Ticket] = {}
         while self._busy(running):
+            if self._call() and not running:
+                continue
             taken, began = self._take(running), time.monotonic()
             tokens = sum(work.tokens for work in taken)
             running |= self._step(taken)
@@ -214,17 +230,28 @@ class Scheduler:
         with self._changed:
             if not (running or self._waiting):
                 self._engine.release()
-            while not (running or self._closing) and (left := self._wait_s()) != 0:
+            while not (running or self._closing or self._calls) and (left := self._wait_s()) != 0:
                 worked = left is None and self._since >= MUCH
                 if not self._changed.wait(IDLE_S if worked else left) and worked:
                     break
             else:
-                return bool(running or self._waiting)
+                return bool(running or self._waiting or self._calls)
         self._tidy_up()
         return self._busy(running)
 
-    def _tidy_up(self) -> None:
-        """Without the lock, as it may take a while."""
+    def _call(self) -> bool:
+        """Run the call that has waited longest; whether there was one."""
+        with self._changed:
+            if not self._calls:
+                return False
+            call, called = self._calls.popleft()
+        try:
+            called.set_result(self._engine.call(call))
+        except Exception as error:  # it is for whoever waits for the call
+            called.set_exception(error)
+        return True
+
+    def _tidy_up(self) -> None:  # without the lock, as it may take a while
         self._since, self._tidied = 0, time.monotonic()
         self._tidy()
 
@@ -256,7 +283,9 @@ class Scheduler:
         _drop(works)
         if not works:
             return {}
-        finished, unfinished = self._stepped(list(works), works)
+        finished, unfinished = stepped(
+            self._engine, list(works), over=lambda work: works[work].over, failed=lambda work: self._fail(works[work])
+        )
         for work in (*finished, *unfinished):
             self._tell(work, works[work])
         for work in finished:
@@ -264,25 +293,6 @@ class Scheduler:
         going_on = {work: works[work] for work in unfinished}
         _drop(works)
         return going_on
-
-    def _stepped(self, works: list[Work], tickets: Mapping[Work, Ticket]) -> tuple[list[Work], list[Work]]:
-        """A step, repeated in halves where it fails: (finished, unfinished) without those that failed."""
-        try:
-            return self._engine.step(works)
-        except Exception as error:  # whatever a backend raises, the thread must live on
-            if len(works) == 1:
-                logger.exception("task %r failed on one input", works[0].task)
-                self._fail(tickets[works[0]])
-                return [], []
-            logger.error("a step of %d works failed, and is repeated in halves: %r", len(works), error)
-        finished: list[Work] = []
-        unfinished: list[Work] = []
-        for half in (works[: len(works) // 2], works[len(works) // 2 :]):
-            if left := [work for work in half if not tickets[work].over]:
-                done, more = self._stepped(left, tickets)
-                finished += done
-                unfinished += more
-        return finished, unfinished
 
     def _tell(self, work: Work, ticket: Ticket) -> None:
         """Tell whoever reads along what a step brought."""
@@ -318,7 +328,3 @@ def _drop(works: dict[Work, Ticket]) -> None:
     for work in [work for work, ticket in works.items() if ticket.over]:
         del works[work]
         work.rows = []
-
-
-def _closed() -> CapacityError:
-    return CapacityError("the server is closing")

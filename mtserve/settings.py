@@ -56,6 +56,16 @@ class Settings(BaseSettings):
     access_log: bool = Field(default=True, description="Whether each request writes a line of JSON to stdout.")
     log_texts: bool = Field(default=False, description="Whether the access log holds the inputs of requests.")
 
+    admin_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        default=(), description="Keys for /admin, where heads come and go, as MTSERVE_API_KEYS; without, there is none."
+    )
+    heads: Path | None = Field(
+        default=None,
+        description="A folder for heads that come to the running server, which a later start finds there; by default "
+        "they go with the server.",
+    )
+    max_head_bytes: int = Field(default=256 * 2**20, ge=1, description="Largest head that may come; then 413.")
+
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="What computes; auto is the GPU where there is one."
     )
@@ -95,7 +105,7 @@ class Settings(BaseSettings):
         description="Whether freed memory is kept for the next pass (glibc); by default as tuned, else yes.",
     )
 
-    @field_validator("model", "api_keys", "onnx_providers", mode="before")
+    @field_validator("model", "api_keys", "admin_keys", "onnx_providers", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if not isinstance(value, str):
@@ -120,5 +130,6 @@ def read_settings() -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = "MTSERVE_" + "_".join(map(str, first["loc"][:1])).upper()
-        found = "" if "api_keys" in first["loc"] else f"; found {first.get('input')!r}"  # a secret stays one
+        secret = {"api_keys", "admin_keys"} & {*first["loc"]}
+        found = "" if secret else f"; found {first.get('input')!r}"
         raise ConfigError(f"{name}: {first['msg']}{found}") from (None if not found else error)

@@ -1,12 +1,17 @@
-"""What a scheduler asks of an engine; and a thread in which several engines compute. Knows no engine."""
+"""What a scheduler asks of an engine, a thread in which several engines compute, and a step that may fail. Knows no
+engine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from mtserve.tasks.work import Work
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class Stepper(Protocol):
@@ -23,6 +28,10 @@ class Stepper(Protocol):
 
     def step(self, works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
         """(finished, unfinished) after one more step of every work. Raises where none of them advanced."""
+        ...
+
+    def call(self, call: Callable[[], T]) -> T:
+        """What a call gives that runs where steps do, when none is under way."""
         ...
 
     def release(self) -> None:
@@ -53,5 +62,31 @@ class InThread:
     def step(self, works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
         return self._thread.submit(self._engine.step, works).result()
 
+    def call(self, call: Callable[[], T]) -> T:
+        return self._thread.submit(call).result()
+
     def release(self) -> None:
         self._thread.submit(self._engine.release).result()
+
+
+def stepped(
+    engine: Stepper, works: Sequence[Work], *, over: Callable[[Work], bool], failed: Callable[[Work], None]
+) -> tuple[list[Work], list[Work]]:
+    """A step, repeated in halves where it fails: (finished, unfinished). A work that fails alone is in neither, and
+    `failed` is told; what is `over` by then is not repeated."""
+    try:
+        return engine.step(works)
+    except Exception as error:  # whatever a backend raises, the thread must live on
+        if len(works) == 1:
+            logger.exception("task %r failed on one input", works[0].task)
+            failed(works[0])
+            return [], []
+        logger.error("a step of %d works failed, and is repeated in halves: %r", len(works), error)
+    finished: list[Work] = []
+    unfinished: list[Work] = []
+    for half in (works[: len(works) // 2], works[len(works) // 2 :]):
+        if left := [work for work in half if not over(work)]:
+            done, more = stepped(engine, left, over=over, failed=failed)
+            finished += done
+            unfinished += more
+    return finished, unfinished

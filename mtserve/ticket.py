@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
-from mtserve.errors import DeadlineError
+from mtserve.errors import CapacityError, DeadlineError
 from mtserve.tasks.work import Work
 
 
@@ -76,3 +76,7 @@ class Ticket:
 
 def late() -> DeadlineError:
     return DeadlineError("the request was not answered within its time limit")
+
+
+def closed() -> CapacityError:
+    return CapacityError("the server is closing")

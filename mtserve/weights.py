@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from mtserve.checkpoint import Checkpoint
 from mtserve.errors import CheckpointError
-from mtserve.manifest import GoldenRow, check_kind
+from mtserve.head_file import HeadFile
+from mtserve.manifest import GoldenRow, TaskEntry, check_kind
 from mtserve.model import Model
 from mtserve.sealing import TaskPart, TrunkPart
 from mtserve.tasks import KINDS
@@ -49,18 +50,45 @@ def add_heads(model: Model, checkpoint: Checkpoint) -> None:
     """Put the heads of a checkpoint on a model of the same trunk. Raises CheckpointError as `load_model`."""
     for task in checkpoint.manifest.tasks:
         own = None if task.config is None else _config(checkpoint.folder / task.config)
-        model.add(task.name, task.handler.head(task.parsed_options), config=own)
         tensors = load_file(checkpoint.folder / task.weights) if task.weights else {}
-        model.load_head(task.name, tensors, task.tied)
+        put_head(model, task.name, task, own, tensors)
+
+
+def add_sent_head(model: Model, key: str, head: HeadFile) -> None:
+    """Put a head that was sent on a model of its trunk, or leave the model as it was. Raises CheckpointError."""
+    own = None if head.config is None else _checked_config(head.config, f"the config of task {head.entry.name!r}")
+    try:
+        put_head(model, key, head.entry, own, load_file(head.path))
+    except Exception:
+        if key in model.specs:
+            model.remove(key)
+        raise
+
+
+def put_head(
+    model: Model, key: str, entry: TaskEntry, config: PretrainedConfig | None, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Make the head of a task, on the trunk's device, and fill it. Raises CheckpointError where tensors do not fit."""
+    head = model.add(key, entry.handler.head(entry.parsed_options), config=config)
+    model.load_head(key, tensors, entry.tied)
+    head.to(model.trunk.device)
 
 
 def _config(path: Path) -> PretrainedConfig:
     """A Transformers config from its file. Raises CheckpointError."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        return AutoConfig.for_model(raw.pop("model_type"), **raw)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is no model config: {error}") from error
+    return _checked_config(raw, str(path))
+
+
+def _checked_config(raw: Any, of: str) -> PretrainedConfig:
+    try:
+        rest = dict(raw)
+        return AutoConfig.for_model(rest.pop("model_type"), **rest)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{of} is no model config: {error}") from error
 
 
 def trunk_part(model: Model, *, source: str) -> TrunkPart:

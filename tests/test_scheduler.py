@@ -64,6 +64,10 @@ class FakeEngine:
             raise InputError("too long for this task")
         return {name: [work_of(item) for item in items] for name in asked}
 
+    def call(self, call: Callable[[], Any]) -> Any:
+        assert threading.current_thread().name == self.thread
+        return call()
+
     def release(self) -> None:
         self.releases += 1
 
@@ -779,3 +783,42 @@ def test_several_engines_compute_in_one_thread() -> None:
         assert [isinstance(answer, MtserveError) for answer in answers] == [job.poison for _, job in jobs]
 
     asyncio.run(main())
+
+
+def test_calls_run_between_steps_while_others_run_and_start_nothing_early() -> None:
+    async def check(scheduler: Scheduler, engine: FakeEngine) -> None:
+        seen: list[int] = []
+        running = asyncio.ensure_future(scheduler.submit(works_of(Job(text=1, steps=40))))
+        calls = [scheduler.between(lambda: seen.append(len(engine.batches))) for _ in range(5)]
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.wrap_future(scheduler.between(lambda: 1 / 0))
+        for call in calls:
+            await asyncio.wrap_future(call)
+        assert seen == sorted(seen)
+        assert await running == [(1, 40)]
+        began = time.monotonic()
+        waiting = asyncio.ensure_future(scheduler.submit(works_of(Job(text=2))))
+        await asyncio.sleep(0.02)
+        await asyncio.wrap_future(scheduler.between(lambda: None))
+        assert len(engine.batches) == 40
+        assert await waiting == [(2, 1)]
+        assert time.monotonic() - began >= 0.2
+
+    engine = FakeEngine()
+    scheduler = run(check, engine, max_wait_ms=200)
+    with pytest.raises(CapacityError):
+        scheduler.between(lambda: None)
+
+
+def test_calls_that_wait_when_it_closes_are_run() -> None:
+    engine = FakeEngine()
+    scheduler = Scheduler(engine)
+    engine.gate.clear()
+    ticket = scheduler.accept(works_of(Job(text=1)))
+    while not engine.batches and not scheduler._open:
+        time.sleep(0.001)
+    calls = [scheduler.between(lambda at=at: at) for at in range(3)]
+    threading.Timer(0.05, engine.gate.set).start()
+    scheduler.close(timeout_s=5)
+    assert [call.result(timeout=1) for call in calls] == [0, 1, 2]
+    assert ticket.future.result(timeout=1) == [(1, 1)]

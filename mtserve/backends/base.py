@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from mtserve.batching import Batch, Cost
+from mtserve.head_file import HeadFile
 from mtserve.profiles import Hardware
 from mtserve.rows import Floats
 
@@ -74,6 +75,14 @@ class Backend(Protocol):
 
     @property
     def keeps(self) -> bool: ...
+
+    def add(self, key: str, head: HeadFile) -> None:
+        """Put a head that was sent on the trunk; where that fails, nothing has changed. Raises CheckpointError."""
+        ...
+
+    def remove(self, key: str) -> None:
+        """Free a head that was added."""
+        ...
 
     def launch(self, batch: Batch) -> Pending:
         """Begin one trunk pass over the batch's rows, and each task's head on the rows that it wants; a device that

@@ -24,19 +24,21 @@ import torch
 
 from mtserve.backends import hardware
 from mtserve.backends.base import Answers, Times
-from mtserve.backends.flat import Rectangle
 from mtserve.backends.graphs import Graphs, graphs_of
 from mtserve.backends.launched import Launched, Logits
+from mtserve.backends.passes import Passes
 from mtserve.backends.pasts import Pasts, reach
 from mtserve.backends.proof import Proof
 from mtserve.backends.serving import Served
-from mtserve.backends.staging import Lane, moved, padded, sent, staged
+from mtserve.backends.staging import Lane
 from mtserve.batching import Batch, Cost, padded_cost, real_cost
+from mtserve.head_file import HeadFile
 from mtserve.heads import FlatStates
 from mtserve.model import Model
 from mtserve.profiles import Hardware
-from mtserve.rows import Ints, Past, Row, make_row
-from mtserve.trunk import inputs_of, is_causal
+from mtserve.rows import Past, Row, make_row
+from mtserve.trunk import is_causal
+from mtserve.weights import add_sent_head
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,10 @@ class EagerBackend:
         with self._evaluating():
             return graphs_of(self.served, Proof(self.model))
 
+    @cached_property
+    def passes(self) -> Passes:
+        return Passes(self.served, self.graphs if self.served.flat else None, pad_id=self.pad_id)
+
     @property
     def hardware(self) -> Hardware:
         return hardware.hardware("cuda" if self.served.device.type == "cuda" else "cpu")
@@ -104,7 +110,7 @@ class EagerBackend:
 
     def launch(self, batch: Batch) -> Launched:
         if self.lane.device != self.model.trunk.device:  # a training moves its model after this was made
-            for made in ("served", "lane", "graphs"):
+            for made in ("served", "lane", "graphs", "passes"):
                 self.__dict__.pop(made, None)
             self._forget()
         with self._evaluating():
@@ -113,6 +119,15 @@ class EagerBackend:
     def release(self) -> None:
         with torch.inference_mode(), self.lane.entered():
             self.pasts.slots.admit([])
+
+    def add(self, key: str, head: HeadFile) -> None:
+        add_sent_head(self.model, key, head)
+        with self._evaluating():
+            self.served.head(key)
+
+    def remove(self, key: str) -> None:
+        self.served.forget(key)
+        self.model.remove(key)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -250,67 +265,7 @@ class EagerBackend:
         return groups if fits else []
 
     def _computed(self, rows: Sequence[Row], known: Sequence[int], *, pooled: bool = False) -> FlatStates:
-        """One trunk pass over admitted rows, but for their first `known` tokens; `pooled` if a head reads that."""
-        states = (
-            self._computed_flat(rows, known, pooled=pooled) if self.served.flat else self._computed_padded(rows, known)
-        )
-        if any(row.past is not None for row in rows):
-            self.pasts.slots.done(rows)
-        return states
-
-    def _computed_flat(self, rows: Sequence[Row], known: Sequence[int], *, pooled: bool) -> FlatStates:
-        counts = np.array([len(row) - start for row, start in zip(rows, known, strict=True)], np.int32)
-        going_on = any(known)
-        order = range(len(rows)) if going_on else np.argsort(-counts, kind="stable").tolist()
-        placed = [rows[at] for at in order]
-        begun = [known[at] for at in order]
-        each, begins = list(zip(placed, begun, strict=True)), self.served.first_position
-        pasts, seen, lengths = None, None, counts[order].tolist()
-        fill = 0 if any(row.past is not None for row in rows) else self.served.filling(lengths)
-        none = [np.zeros(fill, np.int32)] if fill else []
-        lines = staged(
-            (
-                [row.ids[start:] for row, start in each] + none,
-                [row.type_ids[start:] for row, start in each] + none,
-                [np.arange(begins + start, begins + len(row), dtype=np.int32) for row, start in each]
-                + [begins + one for one in none],
-            ),
-            device=self.served.device,
-        )
-        if any(row.past is not None for row in rows):
-            pasts, seen = self.pasts, self.pasts.begin(placed, begun, self.served.like, flat=True)
-        hidden = None if pasts is not None or self.graphs is None else self.graphs(lines, lengths)
-        if hidden is None:
-            layout = (
-                self.served.layout(lengths, fill)
-                if seen is None
-                else Rectangle((len(rows), int(counts.max())), seen.place, seen.mask)
-            )
-            ids, type_ids, positions = sent(lines, self.served.device).unbind()
-            hidden = self.served.encode(ids, type_ids, positions, layout, pasts)
-            hidden = hidden[: len(hidden) - fill]
-        starts = np.empty(len(rows), np.int32)
-        starts[order] = np.cumsum([0, *lengths[:-1]])
-        first = self.served.pooled(hidden.index_select(0, self._moved(starts))) if pooled else None
-        return FlatStates(hidden, starts, counts, first)
-
-    def _computed_padded(self, rows: Sequence[Row], known: Sequence[int]) -> FlatStates:
-        trunk, seq = self.served.trunk, max(len(row) - start for row, start in zip(rows, known, strict=True))
-        on_host = padded(rows, pad_id=self.pad_id, known=known)
-        ids, mask, type_ids = (sent(one, self.served.device) for one in on_host)
-        inputs = inputs_of(trunk, ids, type_ids) | {"attention_mask": mask}
-        if any(row.past is not None for row in rows):
-            inputs |= {"past_key_values": self.pasts, "use_cache": True}
-            if seen := self.pasts.begin(rows, known, self.served.like, flat=False):
-                inputs |= {"position_ids": seen.positions, "attention_mask": seen.mask}
-        output = trunk(**inputs)
-        counts = np.array([len(row) - start for row, start in zip(rows, known, strict=True)], np.int32)
-        starts = np.arange(len(rows), dtype=np.int32) * seq
-        hidden = output.last_hidden_state.flatten(0, 1)
-        return FlatStates(hidden, starts, counts, getattr(output, "pooler_output", None))
-
-    def _moved(self, array: Ints) -> torch.Tensor:
-        return moved(array, self.served.device)
+        return self.passes.computed(rows, known, self.pasts, pooled=pooled)
 
     def _answers(self, batch: Batch, rows: Mapping[int, Row], states: FlatStates) -> Iterator[Logits]:
         """Each head on those of these rows that its task wants; `states` are of these rows, in order."""

@@ -21,6 +21,8 @@ from mtserve.backends.sessions import Graphs
 from mtserve.backends.slots import Steps
 from mtserve.batching import Batch, Cost, padded_cost
 from mtserve.bundle import HeadGraph
+from mtserve.errors import CheckpointError
+from mtserve.head_file import HeadFile
 from mtserve.profiles import Hardware
 from mtserve.rows import Floats, Row, spans, texts_of
 
@@ -56,6 +58,12 @@ class OnnxBackend:
     @property
     def hardware(self) -> Hardware:
         return Hardware(self.graphs.device)
+
+    def add(self, key: str, head: HeadFile) -> None:
+        raise CheckpointError("the trunk is served from a bundle, which takes no heads")
+
+    def remove(self, key: str) -> None:
+        """None was added."""
 
     def launch(self, batch: Batch) -> Done:
         try:

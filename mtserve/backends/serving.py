@@ -122,6 +122,15 @@ class Served:
             self._change(self._heads[task], self._packed)
         return self._heads[task]
 
+    def forget(self, task: str) -> None:
+        """Free what was made for a head that leaves the model; what it shares with the trunk stays."""
+        kept = {id(tensor) for tensor in self.model.trunk.parameters()}
+        for own in self.model.head(task).parameters():
+            if id(own) not in kept:  # else a later tensor at this place would be taken for it
+                self._packed.pop(id(own), None)
+                self._casts.pop(id(own), None)
+        self._heads.pop(task, None)
+
     def head_dtype(self, task: str) -> torch.dtype:
         """Precision of the states that a head takes."""
         return self.dtype if task in self._heads else self._of_model

@@ -50,7 +50,7 @@ async def stream_task(
     items, shape = served.task.kind.split(inputs)
     if shape != "one":
         raise InputError(Problem("a stream takes one input, not a list", field="inputs"))
-    asked = {served.name: parameters}
+    asked = {served.key: parameters}
     async with aclosing(table.model.stream(asked, items, timeout_s=table.settings.timeout_s)) as events:
         async for event in events:
             yield event
@@ -96,6 +96,7 @@ def _names(tasks: Any) -> list[str]:
 
 
 async def _predict(table: TaskTable, asked: Asked, items: Sequence[Any]) -> tuple[dict[str, list[Any]], Usage]:
+    """Predictions of tasks and chains, by name."""
     limits = table.settings
     if len(items) > limits.max_inputs:
         raise TooLargeError(f"{len(items)} inputs; at most {limits.max_inputs} are allowed")
@@ -105,7 +106,7 @@ async def _predict(table: TaskTable, asked: Asked, items: Sequence[Any]) -> tupl
     made = calls({name: of or {} for name, of in asked.items() if name not in steps}, firsts)
     said, usages = [], []
     for call in filter(None, made):
-        answers, usage = await table.model.predict(call, items, timeout_s=max(0.0, end - time.monotonic()))
+        answers, usage = await _ask(table, call, items, end=end)
         said.append((call, answers))
         usages.append(usage)
     outputs = {name: said[0][1][name] for name in asked if name not in steps}
@@ -119,6 +120,15 @@ async def _predict(table: TaskTable, asked: Asked, items: Sequence[Any]) -> tupl
         total = total.and_then(usage)
     exchange().usage = total.as_dict()
     return {name: outputs[name] for name in asked}, total
+
+
+async def _ask(
+    table: TaskTable, asked: Asked, items: Sequence[Any], *, end: float
+) -> tuple[dict[str, list[Any]], Usage]:
+    """Predictions of tasks, by name, by the heads of this table."""
+    keys, left = {name: table.tasks[name].key for name in asked}, max(0.0, end - time.monotonic())
+    outputs, usage = await table.model.predict({keys[name]: of for name, of in asked.items()}, items, timeout_s=left)
+    return {name: outputs[key] for name, key in keys.items()}, usage
 
 
 def _steps(table: TaskTable, name: str, parameters: Mapping[str, Any] | None) -> Steps:
@@ -148,9 +158,8 @@ async def _followed(
     answers: list[Any] = []
     usages: list[Usage] = []
     if flat:
-        asked, left = {chain.then: parameters}, max(0.0, end - time.monotonic())
         try:
-            found, usage = await table.model.predict(asked, flat, timeout_s=left)
+            found, usage = await _ask(table, {chain.then: parameters}, flat, end=end)
         except InputError as error:
             about = f"chain {chain.name!r}, task {chain.then!r}: "
             raise InputError(

@@ -16,6 +16,7 @@ from starlette.staticfiles import StaticFiles
 
 from mtserve.errors import MethodError, UnknownRouteError
 from mtserve.serve import replies
+from mtserve.serve.admin import admin_routes
 from mtserve.serve.answering import answer_task, answer_tasks, stream_task
 from mtserve.serve.body import read_object
 from mtserve.serve.docs_page import PAGE
@@ -68,6 +69,7 @@ def make_app(root: Root, *, assets: Path) -> Starlette:
         route("POST", "/tasks/{task}", one_task),
         route("POST", "/predict", predict),
         *v2_routes(root),
+        *admin_routes(root),
     ]
 
     async def other(request: Request) -> Response:
@@ -104,7 +106,7 @@ async def _answered(request: Request, table: TaskTable) -> Response:
     """The answer of one task, whole or as a stream."""
     served = table.task(request.path_params["task"])
     exchange().tasks = (served.name,)
-    table.model.refuse(served.name)
+    table.model.refuse(served.key)
     body = await read_object(request, table.settings, fields=TASK_FIELDS)
     _note_inputs(table, body)
     asked = (table, served, body["inputs"], body.get("parameters", {}))

@@ -1,11 +1,13 @@
 """What every request passes first, whatever its route: an ASGI app around the whole service. Knows no task.
 
-In order: an id; for all but the probes an API key, where keys are set (so a route that is added later needs one too);
-no new request while the server drains. On the way out: the id as a header, a line of the access log, metrics and spans.
+In order: an id; for all but the probes an API key, where keys are set (so a route that is added later needs one too),
+under /admin a key of its own; no new request while the server drains. On the way out: the id as a header, a line of the
+access log, metrics and spans.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -22,7 +24,8 @@ from mtserve.serve.exchange import Exchange, opened
 from mtserve.serve.table import Root
 
 PROBES = frozenset({"/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"})
-STRAIGHT = ("/predict", "/tasks", "/v2")
+ADMIN = "/admin/"
+STRAIGHT = ("/predict", "/tasks", "/v2", ADMIN)
 METRICS = "/metrics"
 
 
@@ -43,7 +46,11 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
+            attending = asyncio.create_task(self._root.attend())
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                attending.cancel()
         elif scope["type"] == "http":
             await self._http(scope, receive, send)
         else:  # there are no routes for web sockets, and what is unknown does not come in
@@ -66,7 +73,7 @@ class Front:
             await send(message)
 
         try:
-            with self._root.drain.entered():
+            with self._root.entered():
                 try:
                     self._admit(path, headers)
                 except MtserveError as error:
@@ -86,7 +93,9 @@ class Front:
         if path in PROBES:
             return
         table = self._root.table()
-        if not (path == METRICS and table.settings.open_metrics):
+        if path.startswith(ADMIN) and table.admin_keys:
+            table.admin_keys.check(headers.get("authorization"), headers.get("x-api-key"))
+        elif not (path == METRICS and table.settings.open_metrics):
             table.keys.check(headers.get("authorization"), headers.get("x-api-key"))
         if path != METRICS:
             self._root.drain.refuse()

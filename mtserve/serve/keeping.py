@@ -70,11 +70,16 @@ class Keeper:
 
 def make_home() -> None:
     """In the parent: a folder for what the processes of this server share, told to all that it starts."""
-    home = tempfile.mkdtemp(prefix="mtserve-")
-    atexit.register(shutil.rmtree, home, ignore_errors=True)
-    os.environ[_HOME] = home
-    (Path(home) / "metrics").mkdir()
+    made = tempfile.mkdtemp(prefix="mtserve-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    os.environ[_HOME] = made
+    (Path(made) / "metrics").mkdir()
     use_home()
+
+
+def home() -> str | None:
+    """That folder, where there is one."""
+    return os.environ.get(_HOME)
 
 
 def use_home() -> None:

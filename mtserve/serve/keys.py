@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from pydantic import SecretStr
+
 from mtserve.errors import ConfigError, UnauthorizedError
 from mtserve.settings import Settings
 
@@ -28,12 +30,17 @@ class Keys:
     @classmethod
     def of(cls, settings: Settings) -> Keys:
         """Those of MTSERVE_API_KEYS and of MTSERVE_API_KEYS_FILE. Raises ConfigError, which holds no key."""
-        found = [_digest(key.get_secret_value(), "MTSERVE_API_KEYS", at) for at, key in enumerate(settings.api_keys, 1)]
+        found = _digests(settings.api_keys, "MTSERVE_API_KEYS")
         if settings.api_keys_file is not None:
             found += _from_file(settings.api_keys_file)
             if not found:
                 raise ConfigError(f"MTSERVE_API_KEYS_FILE: {settings.api_keys_file} holds no key")
         return cls(found)
+
+    @classmethod
+    def of_admin(cls, settings: Settings) -> Keys:
+        """Those of MTSERVE_ADMIN_KEYS. Raises ConfigError, which holds no key."""
+        return cls(_digests(settings.admin_keys, "MTSERVE_ADMIN_KEYS"))
 
     def __bool__(self) -> bool:
         return bool(self._digests)
@@ -50,6 +57,10 @@ class Keys:
         known = [hmac.compare_digest(digest, one) for one in self._digests]
         if not any(known):
             raise UnauthorizedError("the API key is not known")
+
+
+def _digests(keys: Iterable[SecretStr], where: str) -> list[bytes]:
+    return [_digest(key.get_secret_value(), where, at) for at, key in enumerate(keys, 1)]
 
 
 def _from_file(path: Path) -> list[bytes]:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from mtserve.checkpoint import Checkpoint
-from mtserve.engine import Task
 from mtserve.errors import ConfigError
-from mtserve.golden import GoldenReport
 from mtserve.loading import reproduced
 from mtserve.manifest import check_task_name
 from mtserve.observer import Observer
 from mtserve.opening import Loaded, opened
 from mtserve.resolve import resolve
 from mtserve.scheduler import Scheduler
+from mtserve.serve.heads_folder import HeadsFolder
+from mtserve.serve.keeping import home
 from mtserve.serve.keys import Keys
-from mtserve.serve.model import LocalModel, Model, Queue
-from mtserve.serve.table import ServedTask, ServedTrunk, TaskTable, clash
+from mtserve.serve.live import Base, grouped
+from mtserve.serve.living import Living, Place
+from mtserve.serve.model import LocalModel, Queue
+from mtserve.serve.table import ServedTrunk, TaskTable, clash
 from mtserve.settings import Settings
 from mtserve.share import Share
 from mtserve.stepper import InThread
@@ -100,21 +102,31 @@ def check_settings(settings: Settings) -> list[Checkpoint]:
 def load_table(
     settings: Settings, *, workers: int = 1, observer: Callable[[str], Observer] = lambda trunk: Observer()
 ) -> TaskTable:
+    """The table of `load`."""
+    return load(settings, workers=workers, observer=observer).table
+
+
+def load(
+    settings: Settings, *, workers: int = 1, observer: Callable[[str], Observer] = lambda trunk: Observer()
+) -> Living:
     """Load every checkpoint of the settings, those of one trunk as one model, in this process: one of so many `workers`
     that share the machine, each with a model of its own. `observer` is made for a trunk, by its fingerprint's start.
+    Heads that came to an earlier server with the same folder of heads are there again.
 
-    Raises what `check_settings` and `load_checkpoint` raise; CheckpointError for golden rows that are not reproduced.
+    Raises what `check_settings` and `load_checkpoint` raise; CheckpointError for golden rows that are not reproduced;
+    ConfigError for a folder of heads that does not go with the checkpoints.
 
     All of it runs in a thread that ends, and with it the OpenMP threads that PyTorch starts for whoever computes. Did
     they live on, there would be more of them than cores beside the engine's, and OpenMP would put its threads to sleep
     between any two operations, which doubles the time of a short request.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="mtserve-load") as apart:
-        return apart.submit(_load_table, settings, workers, observer).result()
+        return apart.submit(_load, settings, workers, observer).result()
 
 
-def _load_table(settings: Settings, workers: int, observer: Callable[[str], Observer]) -> TaskTable:
+def _load(settings: Settings, workers: int, observer: Callable[[str], Observer]) -> Living:
     checkpoints = check_settings(settings)
+    folder = HeadsFolder(settings.heads) if settings.heads else HeadsFolder.private(home())
     torch = any(each.manifest.exported is None for each in checkpoints)
     share = Share.of(settings, workers=workers, torch=torch)
     loaded = [opened(together, settings, share.threads) for together in grouped(checkpoints)]
@@ -123,18 +135,23 @@ def _load_table(settings: Settings, workers: int, observer: Callable[[str], Obse
         name: report for each in loaded for one in each.checkpoints for name, report in reproduced(each.engine, one)
     }
     trunks: list[ServedTrunk] = []
-    queues: dict[str, Queue] = {}
+    queues: list[Queue] = []
     thread = ThreadPoolExecutor(1, thread_name_prefix="mtserve-engines") if len(loaded) > 1 else None
     for each in loaded:
         trunks.append(ServedTrunk(each.checkpoints[0].manifest.trunk, each.in_force, share.threads))
         _say(trunks[-1])
-        queue = _queue(each, settings, observer(each.fingerprint[:12]), thread)
-        queues |= dict.fromkeys(each.engine.tasks, queue)
-    table = make_table(checkpoints, trunks, golden, settings, LocalModel(queues))
-    for task in table.tasks.values():
+        queues.append(_queue(each, settings, observer(each.fingerprint[:12]), thread))
+    model = LocalModel({key: queue for queue in queues for key in queue.engine.tasks})
+    places = {
+        trunk: Place(queue, each.checkpoints[0].manifest)
+        for trunk, queue, each in zip(trunks, queues, loaded, strict=True)
+    }
+    living = Living(Base(checkpoints, trunks, golden, settings, model), places, folder, model)
+    living.restore()
+    for task in living.table.tasks.values():
         if task.golden is None:
             logger.warning("task %r has no golden rows, so nothing shows that it answers as when sealed", task.name)
-    return table
+    return living
 
 
 def _say(trunk: ServedTrunk) -> None:
@@ -160,43 +177,3 @@ def _queue(loaded: Loaded, settings: Settings, observer: Observer, thread: Threa
         tidy=trim_memory,
     )
     return Queue(loaded.engine, scheduler)
-
-
-def grouped(checkpoints: Sequence[Checkpoint]) -> list[list[Checkpoint]]:
-    """Checkpoints of one trunk together, each bundle alone."""
-    of_trunk: dict[tuple[str, str], list[Checkpoint]] = {}
-    for checkpoint in checkpoints:
-        manifest = checkpoint.manifest  # the fingerprint does not cover the config
-        alone = manifest.exported is not None
-        apart = str(checkpoint.folder) if alone else manifest.files["trunk/config.json"].sha256
-        key = manifest.trunk.fingerprint, apart
-        of_trunk.setdefault(key, []).append(checkpoint)
-    return [*of_trunk.values()]
-
-
-def make_table(
-    checkpoints: Sequence[Checkpoint],
-    trunks: Sequence[ServedTrunk],
-    golden: Mapping[str, GoldenReport],
-    settings: Settings,
-    model: Model,
-) -> TaskTable:
-    """The table of opened checkpoints; `trunks` in the order of `grouped`."""
-    trunk_of = {
-        task.name: trunk
-        for together, trunk in zip(grouped(checkpoints), trunks, strict=True)
-        for each in together
-        for task in each.manifest.tasks
-    }
-    served = [
-        ServedTask(
-            Task(entry.name, entry.handler, entry.parsed_options, entry.metrics),
-            entry,
-            trunk_of[entry.name],
-            golden=golden.get(entry.name),
-        )
-        for each in checkpoints
-        for entry in each.manifest.tasks
-    ]
-    chains = [chain for each in checkpoints for chain in each.manifest.chains]
-    return TaskTable.of(served, settings, model, chains=chains)

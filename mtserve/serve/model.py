@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from mtserve.engine import Engine
-from mtserve.errors import InputError, Problem
+from mtserve.errors import CapacityError, InputError, Problem
 from mtserve.scheduler import Scheduler
-from mtserve.tasks.work import Work
+from mtserve.tasks.work import Work, named
 from mtserve.ticket import Ticket
 
 Asked = Mapping[str, Mapping[str, Any] | None]
-"""Names of tasks, all known, and the parameters of each."""
+"""Keys of tasks (`mtserve.engine.Task.key`), all known, and the parameters of each."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ class Queue:
 
 
 class LocalModel:
-    """Has the queues of all trunks in this process; `queues` are by task."""
+    """Has the queues of all trunks in this process; `queues` are by the tasks' keys."""
 
     def __init__(self, queues: Mapping[str, Queue]) -> None:
-        self.queues = queues
+        self.queues = dict(queues)
 
     async def predict(
         self, asked: Asked, items: Sequence[Any], *, timeout_s: float
@@ -101,8 +101,8 @@ class LocalModel:
         began = time.monotonic()
         deadline = began + timeout_s
         order: dict[Queue, list[str]] = {}
-        for name in asked:
-            order.setdefault(self.queues[name], []).append(name)
+        for key in asked:
+            order.setdefault(self._queue(key), []).append(key)
         works = await _prepare(order, asked, items, deadline=deadline)
         prepared = time.monotonic()
         tickets: list[Ticket] = []
@@ -122,14 +122,20 @@ class LocalModel:
 
     async def stream(self, asked: Asked, items: Sequence[Any], *, timeout_s: float) -> AsyncGenerator[Any, None]:
         ((name, parameters),) = asked.items()
-        deadline, scheduler = time.monotonic() + timeout_s, self.queues[name].scheduler
+        deadline, scheduler = time.monotonic() + timeout_s, self._queue(name).scheduler
         works = await scheduler.prepare({name: parameters}, items, deadline=deadline, stream=True)
         async with aclosing(scheduler.accept(works[name], deadline=deadline, stream=True).events()) as events:
             async for event in events:
                 yield event
 
     def refuse(self, task: str) -> None:
-        self.queues[task].scheduler.refuse(task)
+        self._queue(task).scheduler.refuse(named(task))
+
+    def _queue(self, key: str) -> Queue:
+        """Raises CapacityError for a head that is gone, which only another process may not know."""
+        if key not in self.queues:
+            raise CapacityError(f"task {named(key)!r} was changed meanwhile; try again")
+        return self.queues[key]
 
     async def check(self) -> None:
         """What is in this process is there."""
@@ -151,7 +157,7 @@ async def _prepare(
         except InputError as error:
             if len(order) == 1:
                 raise
-            said = f"task {names[0]!r}: " if len(names) == 1 else ""  # else each problem says its task
+            said = f"task {named(names[0])!r}: " if len(names) == 1 else ""  # else each problem says its task
             problems += [replace(problem, message=said + problem.message) for problem in error.problems]
     if problems:
         raise InputError(problems)

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import mtserve
 from mtserve import errors
 from mtserve.chains import AnyChain
-from mtserve.errors import MtserveError
+from mtserve.errors import HeadError, MtserveError
+from mtserve.manifest import TASK_NAME
+from mtserve.serve.admin import HEADS
 from mtserve.serve.examples import chain_snippets, fenced, markdown
 from mtserve.serve.schemas import STREAM, Schema, add_chain, add_task, error_body, reference
 from mtserve.serve.table import ServedTask, TaskTable
@@ -40,19 +42,25 @@ def document(table: TaskTable, *, url: str = "http://localhost:3000") -> Schema:
     paths["/tasks"] = {
         "get": _get("Names, kinds, labels, options and metrics of all tasks, and their chains", "listing")
     }
+    if table.admin_keys:
+        paths[HEADS] = _admin_operations()
     paths["/livez"] = {"get": _get("Whether the process lives", "live")}
     paths["/readyz"] = {"get": _get("Whether the server takes requests", "ready")}
     return {
         "openapi": "3.1.0",
         "info": {"title": "mtserve", "version": mtserve.__version__, "summary": "One encoder, every task."},
         "paths": paths,
-        "components": {"schemas": schemas, "responses": dict(_error_responses()), **_security_schemes(table)},
+        "components": {
+            "schemas": schemas,
+            "responses": dict(_error_responses(admin=bool(table.admin_keys))),
+            **_security_schemes(table),
+        },
         **({"security": [{"bearer": []}, {"header": []}]} if table.keys else {}),
     }
 
 
 def _security_schemes(table: TaskTable) -> Schema:
-    if not table.keys:
+    if not (table.keys or table.admin_keys):
         return {}
     bearer, header = {"type": "http", "scheme": "bearer"}, {"type": "apiKey", "in": "header", "name": "X-API-Key"}
     return {"securitySchemes": {"bearer": bearer, "header": header}}
@@ -69,6 +77,38 @@ def _task_operation(served: ServedTask, examples: str) -> Schema:
         "description": f"{about}\n\n{examples}",
         "requestBody": _json_body(f"{served.name}.Request", served.example()),
         "responses": _responses(f"{served.name}.Answer", streams=kind.streams),
+    }
+
+
+def _admin_operations() -> Schema:
+    """For whoever has a key of the operator; see `mtserve.serve.admin`."""
+    task = {"name": "task", "in": "path", "required": True, "schema": {"type": "string", "pattern": TASK_NAME}}
+    flag: Schema = {"in": "query", "schema": {"type": "boolean", "default": False}}
+    flags = [
+        {"name": "replace", "description": "Whether it may take the place of a task of that name.", **flag},
+        {"name": "untuned", "description": "Whether the profile in force may be one that was not measured.", **flag},
+    ]
+    common = {"tags": ["admin"], "security": [{"bearer": []}, {"header": []}]}
+    listing: Schema = {"application/json": {"schema": {"type": "object"}}}
+    errors = {s: {"$ref": f"#/components/responses/{s}"} for s, _ in _error_responses(admin=True)}
+    came = {"description": "The task as GET /tasks lists it", "headers": ID_HEADER, "content": listing}
+    left = {"description": "Its name, and those of the tasks that are left", "headers": ID_HEADER, "content": listing}
+    return {
+        "put": {
+            "operationId": "put_head",
+            "summary": "A head comes to the running server (`mtserve heads push`)",
+            "parameters": [task, *flags],
+            "requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {}}}},
+            "responses": {"200": came, "201": came, **errors},
+            **common,
+        },
+        "delete": {
+            "operationId": "delete_head",
+            "summary": "A task leaves the running server",
+            "parameters": [task],
+            "responses": {"200": left, **errors},
+            **common,
+        },
     }
 
 
@@ -145,9 +185,10 @@ def _get(summary: str, operation: str) -> Schema:
     return {"operationId": operation, "tags": ["server"], "summary": summary, "responses": responses}
 
 
-def _error_responses() -> Iterator[tuple[str, Schema]]:
-    """(status, response) of every status that the error classes have, in order."""
+def _error_responses(*, admin: bool = False) -> Iterator[tuple[str, Schema]]:
+    """(status, response) of every status that the error classes have, in order; of changes of heads if `admin`."""
     classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, MtserveError)]
+    classes = [c for c in classes if admin or c is not HeadError]
     for status in sorted({c.status for c in classes}):
         codes = sorted({c.code for c in classes if c.status == status and not issubclass(c, errors.SetupError)})
         content = {"application/json": {"schema": reference("Error")}}

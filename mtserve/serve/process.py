@@ -15,41 +15,39 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import aclosing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mtserve.errors import MtserveError, SetupError, as_frame
+from mtserve.errors import SetupError
 from mtserve.golden import GoldenReport
 from mtserve.loading import InForce
 from mtserve.profiles import Hardware
-from mtserve.serve.loading import check_settings, grouped, load_table, make_table
+from mtserve.serve.host import Host
+from mtserve.serve.live import Base, Live, grouped
+from mtserve.serve.living import Living
+from mtserve.serve.loading import check_settings, load
 from mtserve.serve.metrics import metrics
-from mtserve.serve.model import Model
 from mtserve.serve.remote import Facts, RemoteModel
 from mtserve.serve.supervision import EXIT_CODE, give_up
-from mtserve.serve.table import ServedTrunk, TaskTable
-from mtserve.serve.wire import packed, receive
+from mtserve.serve.table import Root, ServedTrunk, TaskTable
 from mtserve.settings import Settings, read_settings
 
-logger = logging.getLogger(__name__)
 
-
-def facts_of(table: TaskTable) -> Facts:
-    """What a worker must know of a loaded table beside the checkpoints, as JSON."""
+def facts_of(base: Base, live: Live) -> Facts:
+    """What a worker must know of a loaded model beside the checkpoints, as JSON."""
     trunks = []
-    for trunk in table.trunks:
+    for trunk in base.trunks:
         how, hardware = asdict(trunk.in_force), trunk.in_force.hardware
         how["hardware"] = {"device": hardware.device, "flags": sorted(hardware.flags)}
         trunks.append({"in_force": how, "threads": trunk.threads, "fingerprint": trunk.entry.fingerprint})
-    golden = {name: None if task.golden is None else asdict(task.golden) for name, task in table.tasks.items()}
-    return {"trunks": trunks, "golden": golden}
+    golden = {name: asdict(report) for name, report in base.golden.items()}
+    return {"trunks": trunks, "golden": golden, "live": live.as_json()}
 
 
-def remote_table(settings: Settings, path: str, facts: Facts) -> TaskTable:
-    """The table of a worker, whose model is the process at `path`. Raises what `check_settings` raises, and SetupError
+def remote_base(settings: Settings, path: str, facts: Facts) -> tuple[Base, RemoteModel]:
+    """What a worker serves, whose model is the process at `path`. Raises what `check_settings` raises, and SetupError
     where the process has other checkpoints."""
     checkpoints = check_settings(settings)
     trunks = []
@@ -60,76 +58,32 @@ def remote_table(settings: Settings, path: str, facts: Facts) -> TaskTable:
         flags = frozenset(how["hardware"]["flags"])
         in_force = InForce(**{**how, "hardware": Hardware(how["hardware"]["device"], flags)})
         trunks.append(ServedTrunk(entry, in_force, said["threads"]))
-    golden = {name: GoldenReport(**report) for name, report in facts["golden"].items() if report is not None}
-    return make_table(checkpoints, trunks, golden, settings, RemoteModel(path, facts))
+    golden = {name: GoldenReport(**report) for name, report in facts["golden"].items()}
+    model = RemoteModel(path, facts)
+    return Base(checkpoints, trunks, golden, settings, model), model
 
 
-async def serve(model: Model, facts: Facts, path: Path, *, stopped: asyncio.Event) -> None:
-    """Answer whoever connects, until told to stop. What is asked on a connection ends with it."""
-    connections: set[asyncio.Task[None]] = set()
+def follow(root: Root, settings: Settings, path: str, facts: Facts) -> TaskTable:
+    """Make a root serve the model of the process at `path`, and whatever heads come to that; the first table."""
+    base, model = remote_base(settings, path, facts)
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        connections.add(task)
-        try:
-            writer.write(packed({"facts": facts}))
-            await _converse(model, reader, writer)
-        except (OSError, asyncio.IncompleteReadError):
-            pass  # the worker is gone
-        except asyncio.CancelledError:
-            pass  # we are to stop
-        finally:
-            connections.discard(task)
-            writer.close()
+    def told(later: Facts) -> None:
+        root.swap(base.table(Live.of_json(later["live"])))
 
-    path.unlink(missing_ok=True)  # of a process that was killed
-    server = await asyncio.start_unix_server(connected, path)
-    await stopped.wait()
-    server.close()
-    for task in list(connections):
-        task.cancel()
-    await asyncio.gather(*connections, return_exceptions=True)
+    model.told = told
+    root.changes, root.released, root.attend = model, model.using, model.attend
+    return base.table(Live.of_json(facts["live"]))
 
 
-async def _converse(model: Model, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Take questions as they come, each answered by a task of its own."""
-    answering: dict[int, asyncio.Task[None]] = {}
-    try:
-        while True:
-            frame = await receive(reader)
-            if "drop" in frame:
-                if task := answering.get(frame["drop"]):
-                    task.cancel()
-                continue
-            number = frame["id"]
-            answering[number] = asyncio.create_task(_answer(model, frame, writer))
-            answering[number].add_done_callback(lambda _, number=number: answering.pop(number))  # type: ignore[misc]
-    finally:
-        for task in list(answering.values()):
-            task.cancel()
+def hosted(living: Living) -> Host:
+    """A loaded model with whoever connects, who are told of its changes, and say which tables they use."""
+    host = Host(living.model, facts_of(living.base, living.live), changes=living, released=living.release)
 
+    async def announce(table: TaskTable) -> None:
+        await host.announce(facts_of(living.base, living.live))
 
-async def _answer(model: Model, frame: dict[str, Any], writer: asyncio.StreamWriter) -> None:
-    number, asked, items, timeout_s = (frame[name] for name in ("id", "asked", "items", "timeout_s"))
-    try:
-        if frame["stream"]:
-            async with aclosing(model.stream(asked, items, timeout_s=timeout_s)) as events:
-                async for event in events:
-                    writer.write(packed({"id": number, "event": event}))
-                    await writer.drain()
-            answer: dict[str, Any] = {"end": True}
-        else:
-            outputs, usage = await model.predict(asked, items, timeout_s=timeout_s)
-            answer = {"outputs": outputs, "usage": usage.as_dict()}
-        frame_out = packed({"id": number, **answer})
-    except MtserveError as error:
-        frame_out = packed({"id": number, "error": as_frame(error)})
-    except Exception:  # whatever it is, the question must end, and the process go on
-        logger.exception("request %s failed in the model process", frame["request_id"])
-        failed = MtserveError("the model process failed; the server's log has the reason")
-        frame_out = packed({"id": number, "error": as_frame(failed)})
-    writer.write(frame_out)
+    living.announce = announce
+    return host
 
 
 def _when_input_ends(stop: Any) -> None:
@@ -137,11 +91,11 @@ def _when_input_ends(stop: Any) -> None:
     stop()
 
 
-async def _main(table: TaskTable, path: Path) -> None:
+async def _main(living: Living, path: Path) -> None:
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
     stop = partial(loop.call_soon_threadsafe, stopped.set)
     threading.Thread(target=_when_input_ends, args=(stop,), daemon=True).start()
-    await serve(table.model, facts_of(table), path, stopped=stopped)
+    await hosted(living).serve(path, stopped=stopped)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -157,14 +111,14 @@ def main() -> None:
     shown = "%(asctime)s [%(levelname)s] [model] %(message)s"
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=shown, datefmt="%Y-%m-%dT%H:%M:%S%z")
     try:
-        table = load_table(read_settings(), observer=metrics().observer)
+        living = load(read_settings(), observer=metrics().observer)
     except SetupError as error:
         give_up(error)
         raise SystemExit(EXIT_CODE) from error
-    metrics().publish(table)
+    metrics().publish(living.table)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_main(table, Path(sys.argv[1])))
-    table.model.close()
+        runner.run(_main(living, Path(sys.argv[1])))
+    living.model.close()
 
 
 if __name__ == "__main__":

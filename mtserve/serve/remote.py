@@ -12,8 +12,9 @@ import json
 import os
 import socket
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from mtserve.errors import CapacityError, SetupError, of_frame
@@ -26,6 +27,7 @@ Facts = Mapping[str, Any]
 MARGIN_S = 2.0
 """By how much we wait longer than the process takes, whose own deadline comes first unless it hangs."""
 _PAUSE_S = 0.1
+_CHANGE_S = 300.0
 
 
 def wait_for_facts(path: str) -> Facts:
@@ -44,10 +46,13 @@ def wait_for_facts(path: str) -> Facts:
 
 
 class RemoteModel:
-    """Asks the process that listens at `path`; it must say the same `facts` of itself each time it is started."""
+    """Asks the process that listens at `path`; it must say the same `facts` of itself each time it is started, but for
+    heads that came and left. `told` is given the facts when those have changed."""
 
     def __init__(self, path: str, facts: Facts) -> None:
         self._path, self._facts = path, facts
+        self._oldest = self._number
+        self.told: Callable[[Facts], None] = lambda facts: None
         self._ids = itertools.count()
         self._connecting = asyncio.Lock()
         self._connection: _Connection | None = None
@@ -65,6 +70,27 @@ class RemoteModel:
             while "end" not in (answer := await _next(answers, end - time.monotonic())):
                 yield answer["event"]
 
+    async def put(self, name: str, file: Path, *, instead: bool = False, untuned: bool = False) -> None:
+        """Bring a head to the process, which reads the file. Raises as `mtserve.serve.living.Living.put`."""
+        await self._change({"task": name, "file": str(file), "instead": instead, "untuned": untuned})
+
+    async def remove(self, name: str) -> None:
+        """Raises as `mtserve.serve.living.Living.remove`."""
+        await self._change({"task": name, "file": None, "instead": False, "untuned": False})
+
+    async def attend(self) -> None:
+        """Stay connected, so that changes are heard of."""
+        while True:
+            with suppress(CapacityError):
+                await (await self._connected()).over.wait()
+            await asyncio.sleep(_PAUSE_S)
+
+    def using(self, oldest: int) -> None:
+        """Tell the process from which table on, by number, requests here may hold one."""
+        self._oldest = oldest
+        if self._connection is not None and not self._connection.ended:
+            self._connection.write({"at": self._number, "oldest": oldest})
+
     def refuse(self, task: str) -> None:
         """Only the process knows."""
 
@@ -73,6 +99,23 @@ class RemoteModel:
 
     def close(self) -> None:
         """Nothing is accepted here, so nothing is left to answer; the connection ends with the process."""
+
+    @property
+    def _number(self) -> int:
+        return int(self._facts["live"]["number"])
+
+    async def _change(self, change: dict[str, Any]) -> None:
+        connection, number = await self._connected(), next(self._ids)
+        question = {"id": number, "change": change, "request_id": exchange().request_id}
+        async with connection.asked(number, question) as answers:
+            await _next(answers, _CHANGE_S)
+
+    def _heard(self, facts: Facts) -> None:
+        """What the process says of itself, at first or after a change."""
+        if facts["live"] != self._facts["live"]:
+            self._facts = facts
+            self.told(facts)
+        self.using(self._oldest)
 
     @asynccontextmanager
     async def _answers(
@@ -94,18 +137,22 @@ class RemoteModel:
                     facts = (await receive(reader))["facts"]
                 except (OSError, asyncio.IncompleteReadError, ValueError) as error:
                     raise CapacityError("the model process is not there; it is being started") from error
-                if facts != self._facts:
+                if {**facts, "live": 0} != {**self._facts, "live": 0}:
                     writer.close()
                     raise CapacityError("the checkpoint was replaced while the server runs: it must be started anew")
-                self._connection = _Connection(reader, writer)
+                self._connection = _Connection(reader, writer, self._heard)
+                self._heard(facts)
             return self._connection
 
 
 class _Connection:
     """One connection, and who waits for what on it."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.ended = False
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, heard: Callable[[Facts], None]
+    ) -> None:
+        self.ended, self.over = False, asyncio.Event()
+        self._heard = heard
         self._reader, self._writer = reader, writer
         self._waiting: dict[int, asyncio.Queue[dict[str, Any]]] = {}
         self._task = asyncio.create_task(self._read())
@@ -123,11 +170,17 @@ class _Connection:
             if self._waiting.pop(number, None) is not None and not self.ended:
                 self._writer.write(packed({"drop": number}))
 
+    def write(self, frame: dict[str, Any]) -> None:
+        self._writer.write(packed(frame))
+
     async def _read(self) -> None:
         """Hand out what comes; at its end, or the connection's, nobody waits any more."""
         try:
             while True:
                 frame = await receive(self._reader)
+                if "facts" in frame:
+                    self._heard(frame["facts"])
+                    continue
                 found = self._waiting.get(frame["id"])
                 if found is not None:
                     found.put_nowait(frame)
@@ -137,6 +190,7 @@ class _Connection:
             pass
         finally:
             self.ended = True
+            self.over.set()
             self._writer.close()
             for queue in self._waiting.values():
                 queue.put_nowait({"gone": True})

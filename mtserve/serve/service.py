@@ -30,9 +30,9 @@ from mtserve.serve.body import check_object
 from mtserve.serve.exchange import Exchange
 from mtserve.serve.front import Front
 from mtserve.serve.keeping import MODEL_SOCKET, keep_model, make_home, use_home
-from mtserve.serve.loading import check_settings, load_table
+from mtserve.serve.loading import check_settings, load
 from mtserve.serve.metrics import metrics
-from mtserve.serve.process import remote_table
+from mtserve.serve.process import follow
 from mtserve.serve.remote import wait_for_facts
 from mtserve.serve.supervision import give_up, refuse, supervise
 from mtserve.serve.table import Root, TaskTable
@@ -89,15 +89,17 @@ def _prepare(service: str) -> None:
             keep_model()
 
 
-def _table(settings: Settings, service: str) -> TaskTable:
-    """Loaded in this process; or, where several workers share one that has the model, of that one."""
+def _table(root: Root, settings: Settings, service: str) -> TaskTable:
+    """Loaded in this process; or, where several workers share one that has the model, of that one. The root is told
+    what changes it."""
     use_home()
     if MODEL_SOCKET in os.environ:
         path = os.environ[MODEL_SOCKET]
-        return remote_table(settings, path, wait_for_facts(path))
-    table = load_table(settings, workers=_workers(service), observer=metrics().observer)
-    metrics().publish(table)
-    return table
+        return follow(root, settings, path, wait_for_facts(path))
+    living = load(settings, workers=_workers(service), observer=metrics().observer)
+    living.serve(root)
+    metrics().publish(living.table)
+    return living.table
 
 
 def make_service() -> Any:
@@ -111,7 +113,7 @@ def make_service() -> Any:
             _speak()
             try:
                 found = read_settings()
-                table = _table(found, made.name)
+                table = _table(root, found, made.name)
             except SetupError as error:
                 give_up(error)
                 raise

@@ -69,7 +69,7 @@ def v2_routes(root: Root) -> list[Route]:
 async def _inferred(request: Request, table: TaskTable) -> Response:
     served = _model(request, table)
     exchange().tasks = (served.name,)
-    table.model.refuse(served.name)
+    table.model.refuse(served.key)
     content = await read(request, limit=table.settings.max_body_bytes)
     head = _head_length(request, content)
     body = check_object(parse(content[:head]), table.settings, fields=FIELDS)

@@ -3,12 +3,17 @@
 A frame is its length (4 bytes, big-endian, at most LARGEST) and that many bytes of a JSON object in UTF-8. On a
 connection, the model process speaks first:
 
-    {"facts": …}                                                     how it computes, once it can answer
+    {"facts": …}                                                     how it computes, once it can answer; then again
+                                                                     after each change of its heads
+    ← {"at", "oldest"}                                               the numbers of the table that a worker has, and of
+                                                                     the first that its requests may still hold
     ← {"id", "asked", "items", "timeout_s", "stream", "request_id"}  a question; ids are the asking side's
     ← {"drop": id}                                                   nobody waits for it any more
     {"id", "outputs", "usage"}                                       an answer
     {"id", "event"} …, {"id", "end": true}                           one that is read along
     {"id", "error"}                                                  or what went wrong, which ends it too
+    ← {"id", "change": {"task", "file", "instead", "untuned"}}       a head comes, or with file null leaves; its end
+                                                                     comes when every worker has said that it knows
 
 Invariants (tests/serve/test_remote.py holds them): each question gets one ending (answer, end or error) unless it was
 dropped or the connection ended; questions of a connection do not wait for each other; when a connection ends, nothing

@@ -14,6 +14,7 @@ from mtserve.tasks.base import Example, Parameters
 class Work:
     """One example on its way through the engine; only the engine's thread changes it after `prepare`.
 
+    task        the name by which it was asked for
     rows        what the trunk has to encode in the next step
     logits      one array for each of `rows` from the last step, (n_out,), or (len, n_out) for token outputs
     streamed    a client reads the answer along
@@ -21,6 +22,7 @@ class Work:
     state       what a kind of many steps knows between them
     error       what went wrong with this work alone; `engine.finish` raises it
     passes      numbers of the engine's trunk passes that it took part in
+    head        under which key the engine knows the task (`mtserve.engine.Task.key`); without one, its name
     """
 
     task: str
@@ -34,9 +36,10 @@ class Work:
     state: Any = None
     error: Exception | None = None
     passes: set[int] = field(default_factory=set)
+    head: str = ""
 
     def __post_init__(self) -> None:
-        self.prompt = self.rows
+        self.prompt, self.head = self.rows, self.head or self.task
 
     @property
     def tokens(self) -> int:
@@ -47,6 +50,16 @@ class Work:
     def cut(self) -> int:
         """Tokens of the caller's text that no row holds."""
         return sum(row.cut for row in self.prompt)
+
+
+def key_of(name: str, version: str) -> str:
+    """Under which key an engine knows a version of a task; @ is in no name."""
+    return f"{name}@{version}" if version else name
+
+
+def named(key: str) -> str:
+    """The task's name in such a key."""
+    return key.partition("@")[0]
 
 
 def room(works: Iterable[Work]) -> int:

@@ -16,7 +16,8 @@ from mtserve.golden import golden_rows
 from mtserve.sealing import seal
 from mtserve.serve.app import make_app
 from mtserve.serve.front import Front
-from mtserve.serve.loading import load_table
+from mtserve.serve.living import Living
+from mtserve.serve.loading import load
 from mtserve.serve.table import Root, TaskTable
 from mtserve.settings import Settings
 from mtserve.weights import task_part, trunk_part
@@ -80,8 +81,8 @@ def small_limits(models: tuple[str, str]) -> Settings:
 
 @contextmanager
 def loaded(limits: Settings) -> Iterator[TaskTable]:
-    made = load_table(limits)
-    yield made
+    made = load(limits)
+    yield made.table
     made.model.close()
 
 
@@ -96,9 +97,15 @@ def limits(checkpoints: tuple[str, str]) -> Settings:
 
 
 @pytest.fixture(scope="session")
-def table(limits: Settings) -> Iterator[TaskTable]:
-    with loaded(limits) as made:
-        yield made
+def living(limits: Settings) -> Iterator[Living]:
+    made = load(limits)
+    yield made
+    made.model.close()
+
+
+@pytest.fixture(scope="session")
+def table(living: Living) -> TaskTable:
+    return living.table
 
 
 @pytest.fixture(scope="session")

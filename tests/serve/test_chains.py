@@ -16,17 +16,22 @@ from starlette.testclient import TestClient
 
 from mtserve import surgery
 from mtserve.chains import Rerank, Spans
+from mtserve.checkpoint import Checkpoint
 from mtserve.client import Client
 from mtserve.errors import DeadlineError, InputError, SetupError
+from mtserve.head_file import pack_head
 from mtserve.loading import load
 from mtserve.serve.answering import answer_tasks
+from mtserve.serve.living import Living
+from mtserve.serve.loading import load as load_served
 from mtserve.serve.model import Usage
 from mtserve.serve.openapi import document
-from mtserve.serve.process import facts_of, remote_table
+from mtserve.serve.process import facts_of, remote_base
 from mtserve.serve.table import TaskTable
 from mtserve.settings import Settings
 from tests.serve.conftest import asking, loaded, sealed
 from tests.serve.schemas import problems
+from tests.serve.test_living import ok, running
 from tests.serve.test_remote import between, run
 
 TEXTS = ["ana silva moved from porto to oslo in may", "good", "the parcel arrived two days late , but kind"]
@@ -56,9 +61,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def table(folders: tuple[str, str]) -> Iterator[TaskTable]:
-    with loaded(Settings(model=folders, max_inputs=20, threads=1)) as made:
-        yield made
+def living(folders: tuple[str, str]) -> Iterator[Living]:
+    made = load_served(Settings(model=folders, max_inputs=20, threads=1))
+    yield made
+    made.model.close()
+
+
+@pytest.fixture(scope="module")
+def table(living: Living) -> TaskTable:
+    return living.table
 
 
 @pytest.fixture(scope="module")
@@ -194,10 +205,11 @@ def test_a_prefix_is_put_before_chains_and_their_tasks(folders: tuple[str, str],
         pass
 
 
-def test_the_model_of_another_process_gives_the_same_answers(folders: tuple[str, str], table: TaskTable) -> None:
+def test_the_model_of_another_process_gives_the_same_answers(living: Living, table: TaskTable) -> None:
     async def main() -> None:
-        async with between(table) as (remote, path, _):
-            there = remote_table(table.settings, str(path), facts_of(table))
+        async with between(living) as (remote, path, _):
+            base, _ = remote_base(table.settings, str(path), facts_of(living.base, living.live))
+            there = base.table()
             assert there.listing() == table.listing()
             for names in (["opinions"], ["topic", "best", "brief"]):
                 asked = [
@@ -212,6 +224,34 @@ def test_the_model_of_another_process_gives_the_same_answers(folders: tuple[str,
                 await answer_tasks(failing, inputs=[f"{TEXTS[0]} " * 2], tasks=["brief"], parameters={})
 
     run(main())
+
+
+def test_heads_that_come_and_leave_go_with_the_chains(folders: tuple[str, str], tmp_path: Path, assets: Path) -> None:
+    """A head that replaces one must have what chains want of it; then both steps are of the heads in force."""
+    newer = {"names": ENCODER["names"], "topic": ("classification", {"labels": ["up", "down"], "max_length": 48})}
+    sealed(tmp_path / "newer", "bert", tasks=newer)
+    fewer = {"names": ("token_classification", {"labels": ["a", "b"], "max_length": 48}), "topic": newer["topic"]}
+    sealed(tmp_path / "fewer", "bert", tasks=fewer)
+    for which, task in (("newer", "topic"), ("fewer", "names")):
+        pack_head(Checkpoint.open(tmp_path / which), task, tmp_path / f"{which}.head")
+    with running(Path(folders[0]), assets) as server:
+        before = server.root.table()
+        for refused, why in (
+            (server.delete("topic"), "'topic' is in a chain: chain 'opinions': no task 'topic'"),
+            (server.put("names", tmp_path / "fewer.head", replace="true"), "chain 'brief': 'names' has no label 'c'"),
+            (server.put("names", tmp_path / "newer.head", replace="true"), "first 'names' is a classification"),
+            (server.put("opinions", tmp_path / "newer.head"), "'opinions' is the name of a chain and of a task"),
+        ):
+            assert refused.status_code == 409
+            assert why in refused.json()["error"]["message"]
+        assert server.root.table() is before
+        assert len(server.heads) == len(ENCODER)
+        assert server.put("topic", tmp_path / "newer.head", replace="true").status_code == 200
+        answer = ask(server.client, "opinions")["outputs"]["opinions"]
+        assert {one["label"] for some in answer for span in some for one in span["then"]} == {"up", "down"}
+        assert ok(server.client.get("/openapi.json"))["components"]["schemas"]["opinions.LabelScore"]["properties"][
+            "label"
+        ]["enum"] == ["up", "down"]
 
 
 def test_both_steps_have_one_deadline(table: TaskTable) -> None:

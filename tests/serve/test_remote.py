@@ -30,25 +30,28 @@ from mtserve.errors import (
     of_frame,
 )
 from mtserve.serve import keeping, wire
+from mtserve.serve.host import Host
 from mtserve.serve.keeping import Keeper
+from mtserve.serve.living import Living
 from mtserve.serve.model import LocalModel
-from mtserve.serve.process import facts_of, remote_table, serve
+from mtserve.serve.process import facts_of, follow, hosted
 from mtserve.serve.remote import RemoteModel, wait_for_facts
-from mtserve.serve.table import TaskTable
+from mtserve.serve.table import Root
 
 TEXT = "ana silva moved from porto to oslo"
 
 
 @asynccontextmanager
-async def between(table: TaskTable, model: Any = None) -> AsyncIterator[tuple[RemoteModel, Path, asyncio.Event]]:
+async def between(living: Living, model: Any = None) -> AsyncIterator[tuple[RemoteModel, Path, asyncio.Event]]:
     """A model that asks, over a socket, the model of a table (or another), and what stops that."""
     with tempfile.TemporaryDirectory() as folder:
         path, stopped = Path(folder) / "socket", asyncio.Event()
-        answering = asyncio.create_task(serve(model or table.model, facts_of(table), path, stopped=stopped))
+        host = hosted(living) if model is None else Host(model, facts_of(living.base, living.live))
+        answering = asyncio.create_task(host.serve(path, stopped=stopped))
         while not path.exists():
             await asyncio.sleep(0.01)
         try:
-            yield RemoteModel(str(path), facts_of(table)), path, stopped
+            yield RemoteModel(str(path), facts_of(living.base, living.live)), path, stopped
         finally:
             stopped.set()
             await answering
@@ -58,39 +61,39 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(main, 60))
 
 
-def test_answers_are_those_of_the_model_in_process(table: TaskTable) -> None:
+def test_answers_are_those_of_the_model_in_process(living: Living) -> None:
     async def main() -> None:
-        async with between(table) as (remote, _, _):
+        async with between(living) as (remote, _, _):
             await remote.check()
-            for name, task in table.tasks.items():
+            for name, task in living.table.tasks.items():
                 items, _ = task.task.kind.split(task.example()["inputs"])
-                wanted, _ = await table.model.predict({name: None}, items, timeout_s=30)
+                wanted, _ = await living.model.predict({name: None}, items, timeout_s=30)
                 found, usage = await remote.predict({name: None}, items, timeout_s=30)
                 assert found == wanted, name
                 assert (usage.inputs, usage.tokens > 0) == (len(items), True)
             both = {"topic": {"top_k": 1}, "names": {}}
             found, usage = await remote.predict(both, [TEXT, "good"], timeout_s=30)
-            assert found == (await table.model.predict(both, [TEXT, "good"], timeout_s=30))[0]
+            assert found == (await living.model.predict(both, [TEXT, "good"], timeout_s=30))[0]
             assert usage.trunk_passes == 1
 
     run(main())
 
 
-def test_streams_are_those_of_the_model_in_process(table: TaskTable) -> None:
+def test_streams_are_those_of_the_model_in_process(living: Living) -> None:
     async def read(model: Any) -> list[Any]:
         asked = {"forth": {"max_new_tokens": 5, "min_new_tokens": 5}}
         return [event async for event in model.stream(asked, ["good"], timeout_s=30)]
 
     async def main() -> None:
-        async with between(table) as (remote, _, _):
+        async with between(living) as (remote, _, _):
             found = await read(remote)
             assert len(found) > 1
-            assert found == await read(table.model)
+            assert found == await read(living.model)
 
     run(main())
 
 
-def test_errors_are_those_of_the_model_in_process(table: TaskTable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_are_those_of_the_model_in_process(living: Living, monkeypatch: pytest.MonkeyPatch) -> None:
     async def failure(model: Any, asked: Any, items: Any, timeout_s: float = 30) -> tuple[Any, ...]:
         with pytest.raises(MtserveError) as caught:
             await model.predict(asked, items, timeout_s=timeout_s)
@@ -98,15 +101,15 @@ def test_errors_are_those_of_the_model_in_process(table: TaskTable, monkeypatch:
         return type(error), str(error), error.details(), getattr(error, "retry_after_s", None)
 
     async def main() -> None:
-        async with between(table) as (remote, _, _):
+        async with between(living) as (remote, _, _):
             for asked, items in (
                 ({"topic": None}, [3, TEXT, ""]),
                 ({"topic": {"top_k": "x"}, "names": None}, [TEXT, {}]),
                 ({"topic": None}, ["good " * 60] * 400),
             ):
-                assert await failure(remote, asked, items) == await failure(table.model, asked, items)
+                assert await failure(remote, asked, items) == await failure(living.model, asked, items)
             assert (await failure(remote, {"topic": None}, [TEXT], 0.0))[0] is DeadlineError
-            monkeypatch.setattr(table.model.queues["topic"].scheduler, "max_queue_tokens", 0)
+            monkeypatch.setattr(living.model.queues["topic"].scheduler, "max_queue_tokens", 0)
             kind, _, _, retry_after_s = await failure(remote, {"topic": None}, [TEXT])
             assert (kind, retry_after_s) == (OverloadedError, 1)
             found = await remote.predict({"forth": {"max_new_tokens": 1}}, ["good"], timeout_s=30)
@@ -152,10 +155,10 @@ async def until(met: Any) -> None:
         await asyncio.sleep(0.005)
 
 
-def test_questions_do_not_wait_for_each_other_and_those_nobody_waits_for_are_given_up(table: TaskTable) -> None:
+def test_questions_do_not_wait_for_each_other_and_those_nobody_waits_for_are_given_up(living: Living) -> None:
     async def main() -> None:
         held = Held()
-        async with between(table, held) as (remote, _, _):
+        async with between(living, held) as (remote, _, _):
             slow = [asyncio.create_task(remote.predict({"topic": None}, [n], timeout_s=30)) for n in range(20)]
             await until(lambda: held.begun == 20)
             assert (await remote.predict({"topic": None}, ["quick"], timeout_s=30))[0] == {"topic": ["quick"]}
@@ -178,10 +181,10 @@ def test_questions_do_not_wait_for_each_other_and_those_nobody_waits_for_are_giv
     run(main())
 
 
-def test_what_is_asked_on_a_connection_ends_with_it(table: TaskTable) -> None:
+def test_what_is_asked_on_a_connection_ends_with_it(living: Living) -> None:
     async def main() -> None:
         held = Held()
-        async with between(table, held) as (remote, path, stopped):
+        async with between(living, held) as (remote, path, stopped):
             asked = [asyncio.create_task(remote.predict({"topic": None}, [n], timeout_s=30)) for n in range(3)]
             await until(lambda: held.begun == 3)
             remote._connection._writer.close()  # type: ignore[union-attr]
@@ -190,7 +193,7 @@ def test_what_is_asked_on_a_connection_ends_with_it(table: TaskTable) -> None:
                 with pytest.raises(CapacityError, match="model process ended"):
                     await task
             await remote.check()  # by a new connection
-            another = RemoteModel(str(path), {"other": "facts"})
+            another = RemoteModel(str(path), {"other": "facts", "live": {"number": 0}})
             with pytest.raises(CapacityError, match="replaced"):
                 await another.check()
             stopped.set()
@@ -201,11 +204,11 @@ def test_what_is_asked_on_a_connection_ends_with_it(table: TaskTable) -> None:
     run(main())
 
 
-def test_a_process_that_hangs_is_not_waited_for(table: TaskTable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_hangs_is_not_waited_for(living: Living, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         monkeypatch.setattr("mtserve.serve.remote.MARGIN_S", 0.05)
         held = Held()
-        async with between(table, held) as (remote, _, _):
+        async with between(living, held) as (remote, _, _):
             with pytest.raises(DeadlineError):
                 await remote.predict({"topic": None}, [1], timeout_s=0.05)
             await until(lambda: held.given_up == 1)
@@ -253,13 +256,13 @@ def test_frames_have_bounds() -> None:
         wire.packed({"x": float("nan")})
 
 
-def test_a_workers_table_says_what_that_of_the_process_says(table: TaskTable) -> None:
-    facts = facts_of(table)
-    made = remote_table(table.settings, "nowhere", facts)
-    assert made.listing() == table.listing()
+def test_a_workers_table_says_what_that_of_the_process_says(living: Living) -> None:
+    facts = facts_of(living.base, living.live)
+    made = follow(Root(), living.base.settings, "nowhere", facts)
+    assert made.listing() == living.table.listing()
     facts["trunks"][0]["fingerprint"] = "other"  # type: ignore[index]
     with pytest.raises(SetupError, match="other checkpoints"):
-        remote_table(table.settings, "nowhere", facts)
+        follow(Root(), living.base.settings, "nowhere", facts)
 
 
 def test_facts_are_waited_for_until_the_parent_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 
 from mtserve.scheduler import Scheduler
 from mtserve.serve.app import make_app
-from mtserve.serve.loading import load_table
+from mtserve.serve.loading import load
 from mtserve.serve.table import Root, TaskTable
 from mtserve.settings import Settings
 from tests.serve.conftest import sealed
@@ -204,7 +204,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     home = tmp_path_factory.mktemp("long")
     labels = {"labels": ["good", "bad"], "max_length": 48}
     sealed(home / "c", "gpt2", tasks={"long": ("generation", LONG), "topic": ("classification", labels)})
-    table = load_table(Settings(model=(str(home / "c"),)))
+    living = load(Settings(model=(str(home / "c"),)))
+    table = living.table
     made = Served(table)
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patched:
         app = make_app(Root(table), assets=home)
@@ -212,7 +213,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             warnings.simplefilter("ignore")  # of BentoML's imports
             from mtserve.serve import service
 
-            patched.setattr(service, "load_table", lambda settings, **_: table)
+            patched.setattr(service, "load", lambda settings, **_: living)
             app = service.make_service().to_asgi()
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))

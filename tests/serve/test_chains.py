@@ -18,7 +18,7 @@ from mtserve import surgery
 from mtserve.chains import Rerank, Spans
 from mtserve.checkpoint import Checkpoint
 from mtserve.client import Client
-from mtserve.errors import DeadlineError, InputError, SetupError
+from mtserve.errors import ConfigError, DeadlineError, InputError, SetupError
 from mtserve.head_file import pack_head
 from mtserve.loading import load
 from mtserve.serve.answering import answer_tasks
@@ -252,6 +252,15 @@ def test_heads_that_come_and_leave_go_with_the_chains(folders: tuple[str, str], 
         assert ok(server.client.get("/openapi.json"))["components"]["schemas"]["opinions.LabelScore"]["properties"][
             "label"
         ]["enum"] == ["up", "down"]
+
+
+def test_a_folder_of_heads_that_leaves_a_chain_without_its_task_is_refused(tmp_path: Path, assets: Path) -> None:
+    checkpoint = sealed(tmp_path / "bert", "bert", tasks=ENCODER)
+    with running(checkpoint.folder, assets, heads=tmp_path / "heads") as server:
+        ok(server.delete("topic"))
+    surgery.add_chain(checkpoint, CHAINS[0])
+    with pytest.raises(ConfigError, match=r"MTSERVE_HEADS: .* chain 'opinions': no task 'topic'"):
+        load_served(Settings(model=(str(checkpoint.folder),), heads=tmp_path / "heads"))
 
 
 def test_both_steps_have_one_deadline(table: TaskTable) -> None:

@@ -50,10 +50,12 @@ class Batch:
     """Distinct rows for one trunk pass, and which tasks want which of them.
 
     wanted: task -> indexes into `rows`, in the order in which the task's logits are returned.
+    private: indexes of rows of which nothing may be kept.
     """
 
     rows: tuple[Row, ...]
     wanted: dict[str, tuple[int, ...]]
+    private: frozenset[int] = frozenset()
 
     @property
     def tokens(self) -> int:

@@ -27,7 +27,7 @@ from mtserve.batching import Batch, plan
 from mtserve.chains import AnyChain
 from mtserve.errors import ConfigError, InputError, NotFiniteError, Problem, UnknownTaskError
 from mtserve.observer import Observer, Ran
-from mtserve.offline import Offline
+from mtserve.offline import Offline, parsed_items
 from mtserve.rows import Row
 from mtserve.tasks.base import AnyKind, Example, Options
 from mtserve.tasks.validation import validate
@@ -169,7 +169,7 @@ class Engine(Offline):
         problems: list[Problem] = []
         for name, (task, parameters) in tasks.items():
             if task.kind not in parsed:
-                parsed[task.kind] = _parsed(task.kind, items)
+                parsed[task.kind] = parsed_items(task.kind, items)
             examples, found = parsed[task.kind]
             texts = (text for example in examples.values() for text in task.kind.texts(example))
             text = text.ahead(texts, task.options.preparation)
@@ -268,7 +268,9 @@ class Engine(Offline):
         for index, key in enumerate(keys):
             for task in wanted[key]:
                 by_task.setdefault(task, []).append(index)
-        batch = Batch(tuple(rows[key] for key in keys), {task: tuple(i) for task, i in by_task.items()})
+        private = {at for at, key in enumerate(keys) if all(w.private for of in wanted[key].values() for w, _ in of)}
+        wants = {task: tuple(indexes) for task, indexes in by_task.items()}
+        batch = Batch(tuple(rows[key] for key in keys), wants, frozenset(private))
         takers = {task: [wanted[keys[index]][task] for index in indexes] for task, indexes in batch.wanted.items()}
         lengths = [len(row) - self._known(row) for row in batch.rows]
         padded = self.backend.cost(len(lengths), max(lengths), sum(lengths))
@@ -279,23 +281,25 @@ class Engine(Offline):
         if ahead is None:
             return
         logits = ahead.pending.result()
-        wanted = 0
+        wanted, passed = 0, ahead.pending.times.reused < ahead.rows
         for key, takers in ahead.takers.items():
             for each, array in zip(takers, logits[key], strict=True):
                 finite = bool(np.isfinite(array).all())
                 wanted += len(each)
                 for work, at in each:
                     work.logits[at] = array
-                    work.passes.add(self.counters.trunk_passes)
+                    if passed:
+                        work.passes.add(self.counters.trunk_passes)
                     if not finite:
                         work.error = NotFiniteError(work.task)
         tokens = self.backend.tokens - self.counters.tokens
         self.counters.rows += ahead.rows
         self.counters.tokens = self.backend.tokens
-        self.counters.trunk_passes += 1
+        self.counters.trunk_passes += passed
         times, joined = ahead.pending.times, wanted - ahead.rows
         names = tuple(self.tasks[key].name for key in ahead.takers)
-        self.observer.ran(Ran(ahead.rows, joined, tokens, ahead.padded, names, times.trunk_s, times.head_s))
+        how = times.trunk_s, times.head_s, times.reused, self.backend.kept_bytes
+        self.observer.ran(Ran(ahead.rows, joined, tokens, ahead.padded, names, *how))
 
     def finish(self, work: Work) -> Any:
         """The prediction of a finished work. Raises what went wrong with it."""
@@ -316,15 +320,3 @@ class Engine(Offline):
         """JSON-ready events of a work that is read along: what came since the last call."""
         task = self.tasks[work.head]
         return [] if work.error is not None else task.kind.emit(work, task.options, self.text)
-
-
-def _parsed(kind: AnyKind, items: Sequence[Any]) -> tuple[dict[int, Example], list[Problem]]:
-    """Raw items as examples by their indexes, and what is wrong with the others."""
-    examples: dict[int, Example] = {}
-    problems: list[Problem] = []
-    for index, item in enumerate(items):
-        try:
-            examples[index] = item if isinstance(item, kind.example) else kind.parse(item)
-        except InputError as error:
-            problems += error.at(index).problems
-    return examples, problems

@@ -87,6 +87,7 @@ def load_checkpoint(
     capture: bool = False,
     max_batch_tokens: int = DEFAULT_BUDGET,
     max_past_tokens: int = DEFAULT_PAST,
+    keep_bytes: int = 0,
     runtime: Runtime | None = None,
 ) -> Engine:
     """An engine over an opened checkpoint or bundle, and over the heads of other checkpoints of the same trunk.
@@ -97,6 +98,7 @@ def load_checkpoint(
     runtime         how a bundle's graphs are opened; of a checkpoint it says nothing. Without it `device` alone counts
     capture         make the trunk's pass a graph before the first request: some seconds, after which every pass has
                     less overhead, a short one most (`mtserve.backends.captured`; on a GPU `mtserve.backends.graphs`)
+    keep_bytes      how much is kept of what the trunk gave for rows, so that later tasks on them cost their heads alone
 
     Raises CheckpointError for a profile that one of them does not accept, ConfigError for one that is unknown, or does
     not run here.
@@ -104,9 +106,13 @@ def load_checkpoint(
     every = (checkpoint, *others)
     text = checkpoint.text()
     if checkpoint.manifest.exported is not None:
+        if keep_bytes:
+            raise ConfigError(f"{checkpoint.folder} is a bundle, of which no trunk outputs can be kept")
         backend: Backend = _onnx(every, checkpoint.manifest.exported, profile, runtime or Runtime(device=device))
     else:
-        backend = _eager(every, text, profile, device, accepted_only=accepted_only, capture=capture)
+        backend = _eager(
+            every, text, profile, device, accepted_only=accepted_only, capture=capture, keep_bytes=keep_bytes
+        )
     entries = [entry for each in every for entry in each.manifest.tasks]
     return Engine(
         [Task(entry.name, entry.handler, entry.parsed_options, entry.metrics) for entry in entries],
@@ -126,6 +132,7 @@ def _eager(
     *,
     accepted_only: bool,
     capture: bool,
+    keep_bytes: int,
 ) -> Backend:
     try:
         from mtserve.backends import hardware
@@ -140,7 +147,7 @@ def _eager(
     for other in checkpoints[1:]:
         add_heads(model, other)
     ways = {"capture": capture, "graphs": capture}
-    return EagerBackend(model.to(there.device), pad_id=text.spec.pad_id, profile=name, **ways)
+    return EagerBackend(model.to(there.device), pad_id=text.spec.pad_id, profile=name, keep_bytes=keep_bytes, **ways)
 
 
 def _onnx(checkpoints: Sequence[Checkpoint], exported: Exported, profile: str | None, runtime: Runtime) -> Backend:

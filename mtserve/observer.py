@@ -21,6 +21,7 @@ class Ran:
     tokens    of the distinct rows that were computed
     padded    tokens that the backend computed for them, padding included
     tasks     names of those that wanted the rows
+    reused    rows of which the trunk's outputs were kept from an earlier batch; `kept` bytes of such there are now
     trunk_s   seconds of the trunk's pass, head_s of the heads; on a GPU the trunk's is the wait for all of it
     """
 
@@ -31,6 +32,8 @@ class Ran:
     tasks: tuple[str, ...]
     trunk_s: float
     head_s: float
+    reused: int = 0
+    kept: int = 0
 
 
 class Observer:

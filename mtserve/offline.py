@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from mtserve.chains import AnyChain, Tasks, grouped
 from mtserve.errors import InputError, Problem
 from mtserve.overlap import overlapped
+from mtserve.tasks.base import AnyKind, Example
 from mtserve.tasks.work import Work, fits
 
 T = TypeVar("T")
@@ -193,3 +194,15 @@ def windows(items: Iterable[T], size: int) -> Iterator[list[T]]:
     every = iter(items)
     while some := list(islice(every, size)):
         yield some
+
+
+def parsed_items(kind: AnyKind, items: Sequence[Any]) -> tuple[dict[int, Example], list[Problem]]:
+    """Raw items as examples by their indexes, and what is wrong with the others."""
+    examples: dict[int, Example] = {}
+    problems: list[Problem] = []
+    for index, item in enumerate(items):
+        try:
+            examples[index] = item if isinstance(item, kind.example) else kind.parse(item)
+        except InputError as error:
+            problems += error.at(index).problems
+    return examples, problems

@@ -41,6 +41,7 @@ def opened(checkpoints: Sequence[Checkpoint], settings: Settings, threads: int) 
         capture=settings.capture,
         max_batch_tokens=settings.max_batch_tokens,
         max_past_tokens=settings.max_past_tokens,
+        keep_bytes=settings.cache_mib * 2**20,
         runtime=Runtime(
             device=settings.device,
             providers=settings.onnx_providers,

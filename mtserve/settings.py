@@ -31,6 +31,12 @@ class Settings(BaseSettings):
         default=32_768, ge=1, description="Most tokens, prompts included, that running generations may keep; more wait."
     )
     max_queue_tokens: int = Field(default=262_144, ge=1, description="Most tokens that wait for a trunk; then 429.")
+    cache_mib: int = Field(
+        default=0,
+        ge=0,
+        description="Most MiB of a trunk's outputs that are kept, so that another task on the same text costs its head "
+        "alone; 0 keeps none. Requests with Cache-Control: no-store leave nothing there.",
+    )
     max_inputs: int = Field(default=1024, ge=1, description="Most inputs of one request.")
     max_body_bytes: int = Field(default=8 * 2**20, ge=1, description="Largest request body; then 413.")
     max_text_chars: int = Field(default=1_000_000, ge=1, description="Longest single string of a request; then 413.")

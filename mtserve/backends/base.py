@@ -18,10 +18,11 @@ answers for each; (answers, n_out) where it reads the last ones and answers for 
 @dataclass
 class Times:
     """Seconds of one batch: of the trunk's passes, and of the heads. On a GPU what the host waits for the answers
-    counts as the trunk's."""
+    counts as the trunk's. `reused` of its rows were not computed, since what the trunk gives for them was kept."""
 
     trunk_s: float = 0.0
     head_s: float = 0.0
+    reused: int = 0
 
 
 class Pending(Protocol):
@@ -51,6 +52,8 @@ class Backend(Protocol):
 
     cost      what a batch costs this backend, in tokens
     profile   how it computes, as the manifest names it
+    kept_bytes
+              of what it keeps of rows for later requests
     tokens    how many it has computed so far, in batches whose answers were taken: those of rows, but for what it knew
               of them; no padding
     keeps     whether it keeps pasts, so that a pass computes the `pending` tokens of a row. One that does not computes
@@ -59,6 +62,9 @@ class Backend(Protocol):
 
     profile: str
     tokens: int
+
+    @property
+    def kept_bytes(self) -> int: ...
 
     @property
     def hardware(self) -> Hardware:

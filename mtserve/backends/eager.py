@@ -26,7 +26,8 @@ from mtserve.backends import hardware
 from mtserve.backends.base import Answers, Times
 from mtserve.backends.graphs import Graphs, graphs_of
 from mtserve.backends.launched import Launched, Logits
-from mtserve.backends.passes import Passes
+from mtserve.backends.outputs import Outputs
+from mtserve.backends.passes import Kept, Passes
 from mtserve.backends.pasts import Pasts, reach
 from mtserve.backends.proof import Proof
 from mtserve.backends.serving import Served
@@ -50,7 +51,7 @@ class EagerBackend:
     """Runs a `Model` in PyTorch's eager mode. `follow` is for a model in training: its weights are used where they are,
     in their own precision, so that they may change between two runs. `capture` makes the trunk's pass a graph (see
     `captured`): seconds once, for less overhead in every pass; `graphs` does so on a GPU, for passes over few tokens
-    (see `graphs`)."""
+    (see `graphs`). Of rows of one pass, `keep_bytes` of the trunk's outputs are kept."""
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class EagerBackend:
         follow: bool = False,
         capture: bool = False,
         graphs: bool = False,
+        keep_bytes: int = 0,
     ) -> None:
         self.model = model
         self.pad_id = pad_id
@@ -70,6 +72,7 @@ class EagerBackend:
         self.capture = capture
         self._with_graphs = graphs and not follow
         self.pasts = Pasts()
+        self.outputs: Outputs[Kept] | None = Outputs(keep_bytes) if keep_bytes else None
         self._reach = reach(model.trunk.config)
 
     @cached_property
@@ -92,6 +95,10 @@ class EagerBackend:
     @cached_property
     def passes(self) -> Passes:
         return Passes(self.served, self.graphs if self.served.flat else None, pad_id=self.pad_id)
+
+    @property
+    def kept_bytes(self) -> int:
+        return 0 if self.outputs is None else self.outputs.size
 
     @property
     def hardware(self) -> Hardware:
@@ -184,7 +191,8 @@ class EagerBackend:
         reads = {task: self.served.head(task).reads for task in batch.wanted}
         entire = {at for task, some in batch.wanted.items() if reads[task] != "last" for at in some}
         pooled = "pooled" in reads.values()
-        groups = self._groups({at: row for at, row in enumerate(rows) if at not in entire})
+        reused = self._reused(batch, rows)
+        groups = self._groups({at: row for at, row in enumerate(rows) if at not in entire and at not in reused})
         beginnings = [rows[group[0]].begun(rows[group[0]].shared, Past()) for group in groups]
         self.pasts.slots.admit([row for row in (*rows, *beginnings) if row.past is not None])
         known = {
@@ -198,7 +206,12 @@ class EagerBackend:
                 known[at] = len(beginning)
         logits: list[Logits] = []
         times = Times()
-        fresh = [at for at in range(len(rows)) if not known.get(at)]
+        fresh = [at for at in range(len(rows)) if not known.get(at) and at not in reused]
+        if reused:
+            began = time.perf_counter()
+            states = self.passes.joined([*reused.values()], pooled=pooled)
+            logits += self._answers(batch, {at: rows[at] for at in reused}, states)
+            times.reused, times.head_s = len(reused), time.perf_counter() - began
         if fresh or beginnings:
             some = {at: rows[at] for at in fresh}
             first = [0] * (len(some) + len(beginnings))
@@ -209,7 +222,8 @@ class EagerBackend:
             going_on.sort(key=lambda at: self.pasts.slots.slot(rows[at]))
             some = {at: rows[at] for at in going_on}
             logits += self._passed(batch, some, [*some.values()], [known[at] for at in going_on], times)
-        tokens = sum(map(len, rows)) - sum(known.values()) + sum(map(len, beginnings))
+        tokens = sum(len(row) for at, row in enumerate(rows) if at not in reused)
+        tokens += sum(map(len, beginnings)) - sum(known.values())
         taken = partial(self._count, tokens)
         return Launched(batch, kept, logits, self.lane, self.lane.mark(), taken, self._forget, times)
 
@@ -226,11 +240,29 @@ class EagerBackend:
         """A trunk pass over rows, of which the first are `some` of the batch's by index, and the heads on those."""
         began = time.perf_counter()
         states = self._computed(rows, known, pooled=pooled)
+        self._keep(batch, some, states)
         computed = time.perf_counter()
         logits = list(self._answers(batch, some, states))
         times.trunk_s += computed - began
         times.head_s += time.perf_counter() - computed
         return logits
+
+    def _reused(self, batch: Batch, rows: Sequence[Row]) -> dict[int, Kept]:
+        """What is kept of rows of the batch, by their indexes."""
+        if self.outputs is None:
+            return {}
+        asked = {at: row for at, row in enumerate(rows) if row.past is None and at not in batch.private}
+        found = {at: self.outputs.get(row.key) for at, row in asked.items()}
+        return {at: kept for at, kept in found.items() if kept is not None}
+
+    def _keep(self, batch: Batch, some: Mapping[int, Row], states: FlatStates) -> None:
+        """Keep what the trunk gave for those rows of the batch of which it may be kept."""
+        if self.outputs is None:
+            return
+        for number, (at, row) in enumerate(some.items()):
+            if row.past is None and at not in batch.private:
+                kept = Kept.of(states, number)
+                self.outputs.put(row.key, kept, size=kept.size)
 
     def _count(self, tokens: int) -> None:
         self.tokens += tokens
@@ -238,6 +270,7 @@ class EagerBackend:
     def _forget(self) -> None:
         """Trust nothing that is kept: a pass failed on the way, and what it wrote is unknown."""
         self.pasts = Pasts()
+        self.outputs = self.outputs and Outputs(self.outputs.most)
 
     def _keeps(self, row: Row) -> bool:
         return len(row) <= self._reach and self.keeps

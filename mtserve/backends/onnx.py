@@ -44,7 +44,7 @@ class OnnxBackend:
         self.graphs = graphs
         self.pad_id = pad_id
         self.profile = graphs.exported.profile
-        self.tokens = 0
+        self.tokens = self.kept_bytes = 0
         self.padding_free = False
         trunk = graphs.exported.trunk
         self.keeps = trunk.cache is not None

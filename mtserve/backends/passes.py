@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mtserve.backends.flat import Rectangle
 from mtserve.backends.graphs import Graphs
@@ -14,6 +17,26 @@ from mtserve.backends.staging import moved, padded, sent, staged
 from mtserve.heads import FlatStates
 from mtserve.rows import Row
 from mtserve.trunk import inputs_of
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the trunk gave for one row: states (len, hidden), and (hidden,) of its pooler where that was asked for."""
+
+    hidden: Tensor
+    pooled: Tensor | None
+
+    @classmethod
+    def of(cls, states: FlatStates, number: int) -> Kept:
+        """That of a row by its place among the states; copied, since a part of them would keep them all."""
+        start, count = int(states.starts[number]), int(states.counts[number])
+        pooled = None if states.pooled is None else states.pooled[number].clone()
+        return cls(states.hidden[start : start + count].clone(), pooled)
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.hidden.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
 
 
 class Passes:
@@ -34,6 +57,20 @@ class Passes:
         if keeping is not None:
             keeping.slots.done(rows)
         return states
+
+    def joined(self, kept: Sequence[Kept], *, pooled: bool) -> FlatStates:
+        """States of rows that were kept, as a pass over them gives them."""
+        counts = np.array([len(one.hidden) for one in kept], np.int32)
+        starts = np.cumsum(counts, dtype=np.int32) - counts
+        hidden = torch.cat([one.hidden for one in kept])
+        first = None
+        if pooled:
+            ours = [one.pooled for one in kept]
+            if any(one is None for one in ours):  # the pass in which they were computed had no use for them
+                first = self.served.pooled(hidden.index_select(0, moved(starts, self.served.device)))
+            else:
+                first = torch.stack([one for one in ours if one is not None])
+        return FlatStates(hidden, starts, counts, first)
 
     def _flat(self, rows: Sequence[Row], known: Sequence[int], pasts: Pasts | None, *, pooled: bool) -> FlatStates:
         counts = np.array([len(row) - start for row, start in zip(rows, known, strict=True)], np.int32)

@@ -127,7 +127,8 @@ async def _ask(
 ) -> tuple[dict[str, list[Any]], Usage]:
     """Predictions of tasks, by name, by the heads of this table."""
     keys, left = {name: table.tasks[name].key for name in asked}, max(0.0, end - time.monotonic())
-    outputs, usage = await table.model.predict({keys[name]: of for name, of in asked.items()}, items, timeout_s=left)
+    by_key, private = {keys[name]: of for name, of in asked.items()}, exchange().private
+    outputs, usage = await table.model.predict(by_key, items, timeout_s=left, private=private)
     return {name: outputs[key] for name, key in keys.items()}, usage
 
 

@@ -24,6 +24,7 @@ class Exchange:
     usage        what it cost, once it is answered
     code         the error's, "" without one
     plain        whether an error is told as a text alone, as the Open Inference Protocol has it
+    private      whether nothing of it may be kept for other requests
     inputs       as sent; only where texts are logged
     """
 
@@ -33,6 +34,7 @@ class Exchange:
     usage: dict[str, int | float] = field(default_factory=dict)
     code: str = ""
     plain: bool = False
+    private: bool = False
     inputs: Any = None
 
 

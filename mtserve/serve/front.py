@@ -61,6 +61,7 @@ class Front:
         exchange = opened(headers.get("x-request-id", ""))
         path, began = scope["path"], time.perf_counter()
         exchange.plain = path.startswith("/v2")
+        exchange.private = "no-store" in headers.get("cache-control", "").lower()  # RFC 9111, section 5.2.1.5
         status, sent = 499, 0  # nobody is there any more, unless an answer begins
 
         async def told(message: Message) -> None:

@@ -130,8 +130,8 @@ class Host:
             elif frame["stream"]:
                 frame_out = packed({"id": number, **await self._streamed(frame, writer)})
             else:
-                asked, items = frame["asked"], frame["items"]
-                outputs, usage = await self._model.predict(asked, items, timeout_s=frame["timeout_s"])
+                how = {"timeout_s": frame["timeout_s"], "private": frame["private"]}
+                outputs, usage = await self._model.predict(frame["asked"], frame["items"], **how)
                 frame_out = packed({"id": number, "outputs": outputs, "usage": usage.as_dict()})
         except MtserveError as error:
             frame_out = packed({"id": number, "error": as_frame(error)})

@@ -62,6 +62,13 @@ class Metrics:
         self.joined = Counter(
             "mtserve_joined_rows_total", "Rows that were not encoded, as an equal one was.", ["trunk"]
         )
+        self.reused = Counter(
+            "mtserve_reused_rows_total", "Rows whose trunk outputs were kept from an earlier batch.", ["trunk"]
+        )
+        self.missed = Counter("mtserve_computed_rows_total", "Rows for which the trunk ran.", ["trunk"])
+        self.kept = Gauge(
+            "mtserve_kept_outputs_bytes", "Trunk outputs that are kept.", ["trunk"], multiprocess_mode="livesum"
+        )
         self.seconds = Counter(
             "mtserve_compute_seconds_total", "Seconds by stage: tokenise, trunk, head.", ["trunk", "stage"]
         )
@@ -95,6 +102,8 @@ class _OfTrunk(Observer):
         self._rows, self._tokens = every.queue_rows.labels(trunk), every.queue_tokens.labels(trunk)
         self._batch = [one.labels(trunk) for one in (every.batch_rows, every.batch_tokens, every.batch_tasks)]
         self._padded, self._joined = every.padded_tokens.labels(trunk), every.joined.labels(trunk)
+        self._reused, self._computed = every.reused.labels(trunk), every.missed.labels(trunk)
+        self._kept = every.kept.labels(trunk)
         self._seconds = {stage: every.seconds.labels(trunk, stage) for stage in ("tokenise", "trunk", "head")}
 
     def prepared(self, tasks: tuple[str, ...], *, seconds: float) -> None:
@@ -116,6 +125,9 @@ class _OfTrunk(Observer):
             one.observe(value)
         self._padded.inc(batch.padded)
         self._joined.inc(batch.joined)
+        self._reused.inc(batch.reused)
+        self._computed.inc(batch.rows - batch.reused)
+        self._kept.set(batch.kept)
         self._seconds["trunk"].inc(batch.trunk_s)
         self._seconds["head"].inc(batch.head_s)
 

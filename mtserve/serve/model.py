@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Protocol
 
 from mtserve.engine import Engine
@@ -54,10 +55,10 @@ class Model(Protocol):
     """Answers within a time, after which it raises DeadlineError. All methods but `close` are for the event loop."""
 
     async def predict(
-        self, asked: Asked, items: Sequence[Any], *, timeout_s: float
+        self, asked: Asked, items: Sequence[Any], *, timeout_s: float, private: bool = False
     ) -> tuple[dict[str, list[Any]], Usage]:
-        """Predictions of each task for the items. Raises InputError that names every bad item (nothing has run then),
-        TooLargeError, CapacityError, or what went wrong."""
+        """Predictions of each task for the items, of which nothing is kept where they are `private`. Raises InputError
+        that names every bad item (nothing has run then), TooLargeError, CapacityError, or what went wrong."""
         ...
 
     def stream(self, asked: Asked, items: Sequence[Any], *, timeout_s: float) -> AsyncGenerator[Any, None]:
@@ -94,7 +95,7 @@ class LocalModel:
         self.queues = dict(queues)
 
     async def predict(
-        self, asked: Asked, items: Sequence[Any], *, timeout_s: float
+        self, asked: Asked, items: Sequence[Any], *, timeout_s: float, private: bool = False
     ) -> tuple[dict[str, list[Any]], Usage]:
         """Prepare all, then queue all of a trunk as one request, input by input: works of equal rows side by side, so
         that they are encoded once."""
@@ -104,6 +105,8 @@ class LocalModel:
         for key in asked:
             order.setdefault(self._queue(key), []).append(key)
         works = await _prepare(order, asked, items, deadline=deadline)
+        for work in chain.from_iterable(works.values()):
+            work.private = private
         prepared = time.monotonic()
         tickets: list[Ticket] = []
         outputs: dict[str, list[Any]] = {name: [] for name in asked}

@@ -186,7 +186,7 @@ def _get(summary: str, operation: str) -> Schema:
 
 
 def _error_responses(*, admin: bool = False) -> Iterator[tuple[str, Schema]]:
-    """(status, response) of every status that the error classes have, in order; of changes of heads if `admin`."""
+    """(status, response) of every status that the error classes have, in order; of changes of heads for `admin`."""
     classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, MtserveError)]
     classes = [c for c in classes if admin or c is not HeadError]
     for status in sorted({c.status for c in classes}):

@@ -58,9 +58,9 @@ class RemoteModel:
         self._connection: _Connection | None = None
 
     async def predict(
-        self, asked: Asked, items: Sequence[Any], *, timeout_s: float
+        self, asked: Asked, items: Sequence[Any], *, timeout_s: float, private: bool = False
     ) -> tuple[dict[str, list[Any]], Usage]:
-        async with self._answers(asked, items, timeout_s=timeout_s, stream=False) as answers:
+        async with self._answers(asked, items, timeout_s=timeout_s, stream=False, private=private) as answers:
             answer = await _next(answers, timeout_s)
         return answer["outputs"], Usage(**answer["usage"])
 
@@ -119,12 +119,13 @@ class RemoteModel:
 
     @asynccontextmanager
     async def _answers(
-        self, asked: Asked, items: Sequence[Any], *, timeout_s: float, stream: bool
+        self, asked: Asked, items: Sequence[Any], *, timeout_s: float, stream: bool, private: bool = False
     ) -> AsyncIterator[asyncio.Queue[dict[str, Any]]]:
         """What comes for one question; it is dropped when nobody reads its answer to the end."""
         connection, number = await self._connected(), next(self._ids)
         question = {"id": number, "asked": asked, "items": items, "timeout_s": timeout_s, "stream": stream}
-        async with connection.asked(number, {**question, "request_id": exchange().request_id}) as answers:
+        question |= {"private": private, "request_id": exchange().request_id}
+        async with connection.asked(number, question) as answers:
             yield answers
 
     async def _connected(self) -> _Connection:

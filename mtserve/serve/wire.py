@@ -7,7 +7,8 @@ connection, the model process speaks first:
                                                                      after each change of its heads
     ← {"at", "oldest"}                                               the numbers of the table that a worker has, and of
                                                                      the first that its requests may still hold
-    ← {"id", "asked", "items", "timeout_s", "stream", "request_id"}  a question; ids are the asking side's
+    ← {"id", "asked", "items", "timeout_s", "stream", "private", "request_id"}
+                                                                     a question; ids are the asking side's
     ← {"drop": id}                                                   nobody waits for it any more
     {"id", "outputs", "usage"}                                       an answer
     {"id", "event"} …, {"id", "end": true}                           one that is read along

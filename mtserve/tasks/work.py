@@ -22,6 +22,7 @@ class Work:
     state       what a kind of many steps knows between them
     error       what went wrong with this work alone; `engine.finish` raises it
     passes      numbers of the engine's trunk passes that it took part in
+    private     nothing of it may be kept for other requests
     head        under which key the engine knows the task (`mtserve.engine.Task.key`); without one, its name
     """
 
@@ -36,6 +37,7 @@ class Work:
     state: Any = None
     error: Exception | None = None
     passes: set[int] = field(default_factory=set)
+    private: bool = False
     head: str = ""
 
     def __post_init__(self) -> None:

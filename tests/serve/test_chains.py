@@ -22,6 +22,7 @@ from mtserve.errors import ConfigError, DeadlineError, InputError, SetupError
 from mtserve.head_file import pack_head
 from mtserve.loading import load
 from mtserve.serve.answering import answer_tasks
+from mtserve.serve.exchange import opened
 from mtserve.serve.living import Living
 from mtserve.serve.loading import load as load_served
 from mtserve.serve.model import Usage
@@ -264,17 +265,20 @@ def test_a_folder_of_heads_that_leaves_a_chain_without_its_task_is_refused(tmp_p
 
 
 def test_both_steps_have_one_deadline(table: TaskTable) -> None:
-    """What the first one took is not there for the second."""
+    """What the first one took is not there for the second; what may not be kept of one may not of the other."""
 
     class Slow:
         left: list[float] = []  # noqa: RUF012
+        private: list[bool] = []  # noqa: RUF012
 
-        async def predict(self, asked: Any, items: Any, *, timeout_s: float) -> tuple[Any, Usage]:
+        async def predict(self, asked: Any, items: Any, *, timeout_s: float, private: bool) -> tuple[Any, Usage]:
             self.left.append(timeout_s)
+            self.private.append(private)
             await asyncio.sleep(0.2)
             return await table.model.predict(asked, items, timeout_s=timeout_s)
 
     async def main(limit: float) -> Any:
+        opened("").private = True
         limits = table.settings.model_copy(update={"timeout_s": limit})
         made = replace(table, settings=limits, model=Slow())  # type: ignore[arg-type]
         return await answer_tasks(made, inputs=TEXTS, tasks=["opinions"], parameters={})
@@ -282,6 +286,7 @@ def test_both_steps_have_one_deadline(table: TaskTable) -> None:
     asyncio.run(main(30.0))
     assert Slow.left[0] <= 30.0
     assert Slow.left[1] <= Slow.left[0] - 0.2
+    assert Slow.private == [True, True]
     began = time.monotonic()
     with pytest.raises(DeadlineError):
         asyncio.run(main(0.1))
@@ -289,8 +294,6 @@ def test_both_steps_have_one_deadline(table: TaskTable) -> None:
 
 
 def test_the_tasks_of_a_chain_are_what_is_counted(table: TaskTable) -> None:
-    from mtserve.serve.exchange import opened
-
     async def main() -> None:
         now = opened("")
         await answer_tasks(table, inputs=TEXTS, tasks=["opinions", "names"], parameters={})

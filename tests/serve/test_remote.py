@@ -125,7 +125,7 @@ class Held:
         self.begun, self.given_up = 0, 0
         self.free = asyncio.Event()
 
-    async def predict(self, asked: Any, items: Any, *, timeout_s: float) -> Any:
+    async def predict(self, asked: Any, items: Any, *, timeout_s: float, private: bool = False) -> Any:
         self.begun += 1
         try:
             if items != ["quick"]:

@@ -60,6 +60,10 @@ class Client:
         except httpx.HTTPError:
             return False
 
+    def chains(self) -> dict[str, dict[str, Any]]:
+        """What the server says of its chains, by name; `predict_tasks` asks them as it does tasks."""
+        return {chain["name"]: chain for chain in self._json("GET", "/tasks")["chains"]}
+
     def predict(self, task: str, inputs: Any, parameters: Parameters | None = None) -> Any:
         """The answer of a task to an input, or of a list to each of its inputs, as `POST /tasks/TASK` gives it."""
         return self._json("POST", f"/tasks/{task}", {"inputs": inputs, "parameters": dict(parameters or {})})

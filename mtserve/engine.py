@@ -24,6 +24,7 @@ import numpy as np
 
 from mtserve.backends.base import Backend, Pending
 from mtserve.batching import Batch, plan
+from mtserve.chains import AnyChain
 from mtserve.errors import ConfigError, InputError, NotFiniteError, Problem, UnknownTaskError
 from mtserve.observer import Observer, Ran
 from mtserve.offline import Offline, parsed_items
@@ -78,7 +79,7 @@ class _Ahead:
 
 
 class Engine(Offline):
-    """All tasks of one trunk, by key. Raises ConfigError for a task whose options do not go with the tokenizer."""
+    """All tasks of one trunk, by key, and chains. Raises ConfigError for options that do not go with the tokenizer."""
 
     def __init__(
         self,
@@ -86,16 +87,17 @@ class Engine(Offline):
         backend: Backend,
         text: Text,
         *,
+        chains: Iterable[AnyChain] = (),
         max_batch_tokens: int = DEFAULT_BUDGET,
         max_past_tokens: int = DEFAULT_PAST,
         observer: Observer | None = None,
     ) -> None:
         self.observer = observer or Observer()
         self.tasks: Mapping[str, Task] = {}  # never changed, but put in another's place, since all threads read it
+        self.chains = {chain.name: chain for chain in chains}
         self.backend = backend
         self.text = text
-        self.max_batch_tokens = max_batch_tokens
-        self.max_past_tokens = max_past_tokens
+        self.max_batch_tokens, self.max_past_tokens = max_batch_tokens, max_past_tokens
         for task in tasks:
             self.add(task)
         self.counters = Counters()  # only `step` writes it
@@ -118,10 +120,9 @@ class Engine(Offline):
 
     def task(self, key: str) -> Task:
         """Raises UnknownTaskError."""
-        tasks = self.tasks
-        if key not in tasks:
-            raise UnknownTaskError(key, tasks)
-        return tasks[key]
+        if (found := self.tasks.get(key)) is None:
+            raise UnknownTaskError(key, self.tasks, chains=self.chains)
+        return found
 
     def prepare(
         self, key: str, example: Example, parameters: Mapping[str, Any] | None = None, *, stream: bool = False
@@ -156,32 +157,31 @@ class Engine(Offline):
     def prepare_tasks(
         self, asked: Mapping[str, Mapping[str, Any] | None], items: Sequence[Any], *, stream: bool = False
     ) -> dict[str, list[Work]]:
-        """The same raw items as works of each task asked for, with its parameters; each text is tokenised once.
+        """The same raw items as works of each task asked for, of a chain of its first step; texts are tokenised once.
 
         Raises UnknownTaskError, or one InputError that names every bad item, and the task where there are several.
         """
         began = time.perf_counter()
-        tasks = [self.task(key) for key in asked]
+        tasks = {name: (self.task(key), of) for name, (key, of) in self.first_steps(asked, stream=stream).items()}
         text = self.text.ahead()
         parsed: dict[AnyKind, tuple[dict[int, Example], list[Problem]]] = {}
         works: dict[str, list[Work]] = {}
         problems: list[Problem] = []
-        for task in tasks:
+        for name, (task, parameters) in tasks.items():
             if task.kind not in parsed:
                 parsed[task.kind] = parsed_items(task.kind, items)
             examples, found = parsed[task.kind]
             texts = (text for example in examples.values() for text in task.kind.texts(example))
             text = text.ahead(texts, task.options.preparation)
-            works[task.key], more = self._works(task, examples, asked[task.key], text, stream=stream)
+            works[name], more = self._works(task, examples, parameters, text, stream=stream)
             said = sorted([*found, *more], key=lambda problem: problem.index or 0)
-            problems += (
-                said if len(tasks) == 1 else [replace(p, message=f"task {task.name!r}: {p.message}") for p in said]
-            )
+            told = f"task {task.name!r}: "
+            problems += said if len(tasks) == 1 else [replace(p, message=told + p.message) for p in said]
         if problems:
             raise InputError(problems)
-        for task, made in zip(tasks, works.values(), strict=True):
+        for (task, _), made in zip(tasks.values(), works.values(), strict=True):
             self.observer.truncated(task.name, inputs=sum(work.cut > 0 for work in made))
-        self.observer.prepared(tuple(task.name for task in tasks), seconds=time.perf_counter() - began)
+        self.observer.prepared(tuple(task.name for task, _ in tasks.values()), seconds=time.perf_counter() - began)
         return works
 
     def _works(

@@ -90,14 +90,19 @@ class UnauthorizedError(RequestError):
 
 
 class UnknownTaskError(RequestError):
-    """No task has the name asked for."""
+    """No task has the name asked for; it may be that of one of the `chains`, which are asked elsewhere."""
 
     code = "unknown_task"
     status = 404
 
-    def __init__(self, name: str, known: Iterable[str]) -> None:
-        self.known = sorted(known)
-        super().__init__(f"unknown task {name!r}; this model has {', '.join(self.known) or 'no tasks'}")
+    def __init__(self, name: str, known: Iterable[str], *, chains: Iterable[str] = ()) -> None:
+        self.known, of_chains = sorted(known), sorted(chains)
+        if name in of_chains:
+            asked = "among the tasks of POST /predict, of Engine.predict and of `mtserve score`"
+            super().__init__(f"{name!r} is a chain of tasks, which is asked {asked}")
+            return
+        more = f"; chains: {', '.join(of_chains)}" if of_chains else ""
+        super().__init__(f"unknown task {name!r}; this model has {', '.join(self.known) or 'no tasks'}{more}")
 
     def details(self) -> dict[str, Any]:
         return {"tasks": self.known}

@@ -49,6 +49,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "trunk": manifest.trunk.model_dump(mode="json"),
         "text": manifest.text.model_dump(mode="json"),
         "tasks": tasks,
+        "chains": [chain.model_dump(mode="json") for chain in manifest.chains],
         "profiles": {name: profile.model_dump(mode="json") for name, profile in manifest.profiles.items()},
         "bytes": {"all": sum(sizes.values()), "trunk": sizes[manifest.trunk.weights], "heads": heads},
         "provenance": manifest.provenance,

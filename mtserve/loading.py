@@ -118,6 +118,7 @@ def load_checkpoint(
         [Task(entry.name, entry.handler, entry.parsed_options, entry.metrics) for entry in entries],
         backend,
         text,
+        chains=[chain for each in every for chain in each.manifest.chains],
         max_batch_tokens=max_batch_tokens,
         max_past_tokens=max_past_tokens,
     )
@@ -238,4 +239,4 @@ def in_profile(engine: Engine, profile: str) -> Engine:
     ways = {"capture": loaded.capture, "graphs": loaded.capture}
     backend = EagerBackend(loaded.model, pad_id=loaded.pad_id, profile=profile, **ways)
     limits: dict[str, Any] = {"max_batch_tokens": engine.max_batch_tokens, "max_past_tokens": engine.max_past_tokens}
-    return Engine(engine.tasks.values(), backend, engine.text, **limits)
+    return Engine(engine.tasks.values(), backend, engine.text, chains=engine.chains.values(), **limits)

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from mtserve.bundle import GRAPHS, Exported
+from mtserve.chains import AnyChain, ChainEntry, Member
 from mtserve.errors import CheckpointError
 from mtserve.tasks import KINDS
 from mtserve.tasks.base import AnyKind, Options
 from mtserve.text import TextSpec
 
-FORMAT = 1
+FORMAT, WITH_CHAINS = 1, 2
+"""Formats: a manifest with chains has another one, so that who knows no chains refuses it and reads all others."""
 MANIFEST = "mtserve.json"
 TASK_NAME = r"[a-z0-9][a-z0-9_.-]{0,63}"
 
@@ -33,6 +45,11 @@ def check_kind(kind: str) -> str:
     if kind not in KINDS:
         raise ValueError(f"{kind!r} is no kind of task; allowed: {', '.join(KINDS)}")
     return kind
+
+
+def format_of(chains: Collection[AnyChain]) -> int:
+    """The format of a manifest with these chains."""
+    return WITH_CHAINS if chains else FORMAT
 
 
 TaskName = Annotated[str, AfterValidator(check_task_name)]
@@ -159,6 +176,7 @@ class Manifest(_Entry):
     trunk: TrunkEntry
     text: TextSpec
     tasks: tuple[TaskEntry, ...] = Field(min_length=1)
+    chains: tuple[ChainEntry, ...] = ()
     profiles: dict[str, Profile] = {"fp32": FP32}
     exported: Exported | None = None
     files: dict[str, FileEntry]
@@ -172,6 +190,22 @@ class Manifest(_Entry):
             if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name:
                 raise ValueError(f"{name!r} is not a plain path inside the checkpoint")
         return files
+
+    @property
+    def names(self) -> list[str]:
+        """Of tasks, then of chains."""
+        return [one.name for one in (*self.tasks, *self.chains)]
+
+    @property
+    def members(self) -> dict[str, Member]:
+        """What chains know of the tasks."""
+        return {task.name: Member(task.handler, task.parsed_options) for task in self.tasks}
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without chains nothing is said of them, as in the format that had none."""
+        said: dict[str, Any] = dump(self)
+        return said if self.chains else {name: value for name, value in said.items() if name != "chains"}
 
     def tolerance(self, profile: str) -> float:
         """That of an accepted profile. Raises CheckpointError for another one."""
@@ -194,8 +228,9 @@ class Manifest(_Entry):
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         names = [task.name for task in self.tasks]
-        if len(set(names)) != len(names):
-            raise ValueError(f"task names must be distinct; found {', '.join(names)}")
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"task names must be distinct; found {', '.join(self.names)}")
+        self._check_chains()
         if (self.exported is None) != (self.artefact == "checkpoint"):
             raise ValueError(f"a {self.artefact} has {'no' if self.exported is None else 'exported'} graphs")
         used = [self.trunk.weights, "tokenizer.json"]
@@ -217,6 +252,14 @@ class Manifest(_Entry):
             if path not in self.files:
                 raise ValueError(f"{path!r} is used but not listed under files")
         return self
+
+    def _check_chains(self) -> None:
+        if self.format != format_of(self.chains):
+            raise ValueError(f"format {self.format} with {len(self.chains)} chains; needed: {format_of(self.chains)}")
+        members = self.members if self.chains else {}
+        for chain in self.chains:
+            check_task_name(chain.name)
+            chain.check(members)
 
 
 class GoldenRow(_Entry):
@@ -241,8 +284,8 @@ def read_manifest(folder: Path) -> Manifest:
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     found = raw.get("format") if isinstance(raw, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"{path} has format {found!r}; this version reads format {FORMAT}")
+    if found not in (FORMAT, WITH_CHAINS):
+        raise CheckpointError(f"{path} has format {found!r}; this version reads format {FORMAT} and {WITH_CHAINS}")
     return checked_manifest(raw, path)
 
 

@@ -22,11 +22,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mtserve.chains import AnyChain
 from mtserve.checkpoint import Checkpoint, fingerprint
 from mtserve.errors import CheckpointError
 from mtserve.folder import Writer, refuse_foreign, remove_unnamed, replace
 from mtserve.manifest import (
-    FORMAT,
     MANIFEST,
     GoldenRow,
     Manifest,
@@ -35,6 +35,7 @@ from mtserve.manifest import (
     TrunkEntry,
     check_task_name,
     checked_manifest,
+    format_of,
     read_manifest,
 )
 from mtserve.safetensors_file import parameters, read_header
@@ -77,6 +78,7 @@ def seal(
     trunk: TrunkPart,
     *,
     tasks: Sequence[TaskPart],
+    chains: Sequence[AnyChain] = (),
     tokenizer_json: str,
     text: TextSpec,
     provenance: Mapping[str, Any],
@@ -118,7 +120,8 @@ def seal(
         source=trunk.source,
     )
     parts = {"trunk": entry, "text": text, "tasks": entries, "files": writer.files, "provenance": provenance}
-    manifest = checked_manifest({"format": FORMAT, "written_by": written_by, **parts}, folder / MANIFEST)
+    parts["chains"] = tuple(chains)
+    manifest = checked_manifest({"format": format_of(chains), "written_by": written_by, **parts}, folder / MANIFEST)
     commit(folder, manifest)
     # Plain AutoModel.from_pretrained(trunk/) finds the weights through this index; nothing of ours reads it.
     index = {"metadata": {}, "weight_map": dict.fromkeys(read_header(folder / weights), Path(weights).name)}

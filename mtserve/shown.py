@@ -55,6 +55,10 @@ def facts(facts: dict[str, Any]) -> list[str]:
             verdict = "reproduced" if report["ok"] else "NOT reproduced"
             difference = "not finite" if report["difference"] is None else f"{report['difference']:.2g}"
             lines.append(f"  golden rows {verdict}, largest difference {difference}")
+    for chain in facts["chains"]:
+        own = {name: value for name, value in chain.items() if name not in ("name", "link", "first", "then")}
+        said = ", ".join(f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in own.items())
+        lines.append(f"\n{chain['name']}: chain of {chain['first']} and {chain['then']} by {chain['link']}\n  {said}")
     for name, reports in facts.get("golden_by_profile", {}).items():
         wrong = [task for task, report in reports.items() if not report["ok"]]
         lines.append(

@@ -16,7 +16,7 @@ from mtserve import cli
 from tests.tiny import tiny, write_checkpoint
 
 COMMANDS = ["train", "serve", "predict", "inspect", "tune", "demo", "import notebook", "import models"]
-COMMANDS += ["heads split", "heads add", "heads remove", "heads rename"]
+COMMANDS += ["heads split", "heads add", "heads remove", "heads rename", "chains add", "chains remove"]
 
 
 @pytest.fixture(scope="module")

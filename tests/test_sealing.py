@@ -190,7 +190,7 @@ def test_the_fingerprint_changes_with_one_weight_and_with_the_tokenizer(tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda raw: raw.update(format=2), "has format 2; this version reads format 1"),
+        (lambda raw: raw.update(format=3), "has format 3; this version reads format 1 and 2"),
         (lambda raw: raw.update(extra=1), "extra: Extra inputs are not permitted"),
         (lambda raw: raw["tasks"][0].update(kind="poetry"), "'poetry' is no kind of task; allowed: classification"),
         (lambda raw: raw["tasks"][0].update(name="../up"), "'../up' is no task name"),

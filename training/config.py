@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
+from mtserve.chains import ChainEntry, make_chain
 from mtserve.errors import CheckpointError, ConfigError
 from mtserve.manifest import TaskName
 from mtserve.preparation import expand
@@ -175,6 +176,7 @@ class RunConfig(Section):
         default={}, description="Tokens that the trunk gets: bos, eos, pad, cls to their texts, or a preset's name."
     )
     tasks: dict[TaskName, TaskConfig] = Field(min_length=1)
+    chains: dict[TaskName, ChainEntry] = Field(default={}, description="Of tasks of this run, for the checkpoint.")
     training: Training = Training()
     mixture: MixtureConfig = MixtureConfig()
     on_bad_record: Literal["stop", "skip"] = "stop"
@@ -183,6 +185,17 @@ class RunConfig(Section):
     golden_rows: int = Field(default=4, ge=0)
     calibration_rows: int = Field(default=200, ge=0)
     resamples: int = Field(default=1000, ge=0, description="Bootstrap resamples of the metrics' intervals.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _chained(cls, raw: Any) -> Any:
+        """Chains that are none of this run's, as a form or an override sets them or one of their tasks to null, go."""
+        if not isinstance(raw, Mapping) or not isinstance(raw.get("chains"), Mapping):
+            return raw
+        tasks = raw.get("tasks")
+        absent = [name for name, of in tasks.items() if of is None] if isinstance(tasks, Mapping) else []
+        made = [make_chain(str(name), of) for name, of in raw["chains"].items() if of is not None]
+        return {**raw, "chains": {one.name: one for one in made if not {one.first, one.then} & {*absent}}}
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -228,6 +241,15 @@ class RunConfig(Section):
             for name, task in self.tasks.items():
                 if task.kind not in KINDS:
                     raise ValueError(f"tasks.{name}: {task.kind} only trains a trunk; allowed: {', '.join(KINDS)}")
+        return self
+
+    @model_validator(mode="after")
+    def _chains_fit(self) -> RunConfig:
+        if self.chains and self.result != "checkpoint":
+            raise ValueError("chains: allowed with result: checkpoint (else `mtserve chains add` afterwards)")
+        for name, chain in self.chains.items():
+            if name in self.tasks or not {chain.first, chain.then} <= set(self.tasks):
+                raise ValueError(f"chains.{name}: wanted are another name and two of {', '.join(self.tasks)}")
         return self
 
     @model_validator(mode="after")

@@ -134,6 +134,7 @@ def _seal(
         result.folder,
         trunk_part(run.model, source=run.trunk.source),
         tasks=[_part(config, run, name=name, scores=result.scores[name]) for name in config.sealed],
+        chains=[*config.chains.values()],
         tokenizer_json=run.trunk.tokenizer_json,
         text=run.trunk.spec,
         provenance=_provenance(config, run, result, command=command),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mtserve.backends.eager import EagerBackend
+from mtserve.chains import Member
 from mtserve.engine import Engine, Task
 from mtserve.errors import ConfigError
 from mtserve.model import Model
@@ -65,12 +66,24 @@ def prepare(config: RunConfig, *, base: Path) -> Prepared:
         learned = Learned(of.kind, of.options, terms)
         lengths = of.train.lengths if config.mixture.group_by_length else ()
         runs[name] = TaskRun(learned, of.train.features, wanted.weight, config.batch_size(name), lengths)
+    _check_chains(config, trunk, data)
     measured = {n: list(of.kind.metrics(*_one(of), of.options)) for n, of in data.items()}
     check_best(config.training.best, measured)
     model = _model(trunk, data, seed=config.seed)
     tasks = [Task(name, of.kind, of.options) for name, of in data.items()]
     engine = Engine(tasks, EagerBackend(model, pad_id=trunk.spec.pad_id, follow=True), trunk.text())
     return Prepared(trunk, data, model, runs, engine)
+
+
+def _check_chains(config: RunConfig, trunk: Trunk, data: Mapping[str, TaskData]) -> None:
+    """Raise ConfigError for chains that do not go with their tasks: the run's, or those where new heads come to."""
+    held = trunk.checkpoint.manifest if config.result == "heads" and trunk.checkpoint is not None else None
+    members = {**({} if held is None else held.members), **{n: Member(of.kind, of.options) for n, of in data.items()}}
+    try:
+        for chain in config.chains.values() if held is None else held.chains:
+            chain.check(members)
+    except ValueError as error:
+        raise ConfigError(f"chains: {error}") from error
 
 
 def _one(data: TaskData) -> tuple[list[Any], list[Any]]:

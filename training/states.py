@@ -24,7 +24,14 @@ def states_folder(config: RunConfig) -> Path | None:
 
 def claim(states: Path, config: RunConfig, data: Mapping[str, TaskData], *, processes: int = 1) -> None:
     """Write down whose states these are. Raises ConfigError where they are those of another run, or would be lost."""
-    free: Any = {"output": True, "overwrite": True, "resume": True, "data_dir": True, "training": {"max_seconds"}}
+    free: Any = {
+        "output": True,
+        "overwrite": True,
+        "resume": True,
+        "data_dir": True,
+        "chains": True,
+        "training": {"max_seconds"},
+    }
     kept = config.model_dump(mode="json", exclude=free)
     shas = {name: {which: split.sha256 for which, split in of.splits.items()} for name, of in data.items()}
     mark = hashlib.sha256(json.dumps([kept, shas, processes], sort_keys=True).encode()).hexdigest()

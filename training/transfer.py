@@ -109,6 +109,7 @@ def _single(config: RunConfig, name: str, passes: float) -> RunConfig:
     return alone.model_copy(
         update={
             "tasks": {name: config.tasks[name]},
+            "chains": {},
             "output": str(Path(config.output) / "alone" / name),
             "mixture": MixtureConfig(group_by_length=config.mixture.group_by_length),
         }

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mtserve.cli import exporting, heads, importing, scoring
+from mtserve.cli import chains, exporting, heads, importing, scoring
 from mtserve.cli.arguments import Model, json_object
 from mtserve.errors import MissingExtraError, MtserveError
 
@@ -29,6 +29,7 @@ app = typer.Typer(
 
 app.add_typer(importing.commands, name="import")
 app.add_typer(heads.commands, name="heads")
+app.add_typer(chains.commands, name="chains")
 app.command()(exporting.export)
 app.command()(scoring.score)
 
@@ -76,26 +77,30 @@ def serve(
 def predict(
     model: Model,
     inputs: Annotated[list[str], typer.Argument(help="Texts, or JSON objects as in a request; - reads lines.")],
-    task: Annotated[list[str] | None, typer.Option(help="A task; may be repeated. One-task models need none.")] = None,
-    parameters: Annotated[str, typer.Option(help="JSON object with parameters of the task.")] = "{}",
+    task: Annotated[
+        list[str] | None, typer.Option(help="A task or chain; may be repeated. One-task models need none.")
+    ] = None,
+    parameters: Annotated[str, typer.Option(help="JSON object with parameters of the task (chain: by task).")] = "{}",
 ) -> None:
     """mtserve predict runs/demo "My parcel never came." --task intent --task sentiment
 
     Answer some inputs: one JSON line each on stdout, with a key for each task.
     """
     from mtserve.loading import load
+    from mtserve.offline import Each
 
     items = [_item(text) for text in _lines(inputs)]
     chosen = json_object(parameters)
     engine = load(model)
     names = task or (list(engine.tasks) if len(engine.tasks) == 1 else [])
     if not names:
-        raise typer.BadParameter(f"choose --task from {', '.join(engine.tasks)}", param_hint="--task")
-    works = [engine.prepare_all(name, items, chosen) for name in names]
-    flat = engine.run([work for of_task in works for work in of_task])
-    for index in range(len(items)):
-        answer = {name: flat[at * len(items) + index] for at, name in enumerate(names)}
-        typer.echo(json.dumps(answer, ensure_ascii=False))
+        known = ", ".join([*engine.tasks, *engine.chains])
+        raise typer.BadParameter(f"choose --task from {known}", param_hint="--task")
+    works: Each = {name: [*engine.prepare_all(name, items, chosen)] for name in names}
+    each = engine.computed(works, dict.fromkeys(names, chosen))
+    every = {name: [engine.answered(one, errors=False) for one in each[name]] for name in names}
+    for answer in zip(*every.values(), strict=True):
+        typer.echo(json.dumps(dict(zip(every, answer, strict=True)), ensure_ascii=False))
 
 
 @app.command()

@@ -28,7 +28,9 @@ def score(
     output: Annotated[
         str, typer.Argument(help="A file or URL; FOLDER/ for a file for each of the input; - for stdout.")
     ],
-    task: Annotated[list[str] | None, typer.Option(help="A task; may be repeated. One-task models need none.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="A task or chain; may be repeated. One-task models need none.")
+    ] = None,
     text: Annotated[str | None, Column] = None,
     text_pair: Annotated[str | None, Column] = None,
     question: Annotated[str | None, Column] = None,
@@ -97,15 +99,18 @@ def score(
     folder = resolve(model)
     checkpoint, own = Checkpoint.open(folder), read_settings()
     tasks = {one.name: Task(one.name, one.handler, one.parsed_options) for one in checkpoint.manifest.tasks}
+    chains = {one.name: one for one in checkpoint.manifest.chains}
+    first = [chains[name].first if name in chains else name for name in chosen.tasks or tasks]
     profile = profile_for(checkpoint, profile=None if own.profile == "auto" else own.profile, device=own.device)
     run = Run(
         tasks,
         files,
         output,
         chosen,
+        chains=chains,
         output_format=None if output_format is None else places.as_format(output_format),
         errors=errors,
-        limits=limits_for([tasks[name] for name in chosen.tasks or tasks if name in tasks], part_rows),
+        limits=limits_for([tasks[name] for name in first if name in tasks], part_rows),
         model={"manifest": sha256_file(folder / MANIFEST), "profile": profile},
     )
     if checkpoint.manifest.exported is None:  # the same one in every process, whatever it would choose for itself

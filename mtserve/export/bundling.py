@@ -33,7 +33,7 @@ from mtserve.export.made import Made
 from mtserve.folder import Writer, sync
 from mtserve.golden import check_golden, golden_rows
 from mtserve.loading import load_checkpoint
-from mtserve.manifest import FORMAT, MANIFEST, Change, GoldenRow, Profile, checked_manifest
+from mtserve.manifest import MANIFEST, Change, GoldenRow, Profile, checked_manifest, format_of
 from mtserve.sealing import commit
 from mtserve.tuning import MAX_FLIPS, Verdict, judge
 
@@ -83,8 +83,9 @@ def export(
 ) -> Report:
     """Write a checkpoint, or `only` some tasks of it, as a bundle into a folder that is empty or not there.
 
-    `fuse` joins operators for the kernels that ONNX Runtime has for them, which fp16 always does. Raises ExportError
-    for a family or a head that cannot be exported, a folder that is not empty, and a task that is not there.
+    A chain goes with its two tasks. `fuse` joins operators for the kernels that ONNX Runtime has for them, which fp16
+    always does. Raises ExportError for a family or a head that cannot be exported, a folder that is not empty, and a
+    task that is not there.
     """
     checkpoint.check_torch("exporting it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -203,14 +204,16 @@ def _finish(home: Path, checkpoint: Checkpoint, exported: Exported, verdict: Ver
         max_flips=max_flips,
         tasks=dict(verdict.tasks),
     )
+    chains = [chain for chain in before.chains if {chain.first, chain.then} <= set(names)]
     bare: dict[str, Any] = {"weights": None, "config": None, "tied": {}}
     raw = {
-        "format": FORMAT,
+        "format": format_of(chains),
         "artefact": "bundle",
         "written_by": before.written_by,
         "trunk": before.trunk.model_copy(update={"weights": WEIGHTS}).model_dump(mode="json"),
         "text": before.text.model_dump(mode="json"),
         "tasks": [task.model_copy(update=bare).model_dump(mode="json") for task in tasks],
+        "chains": [chain.model_dump(mode="json") for chain in chains],
         "profiles": {exported.profile: measured.model_dump(mode="json")},
         "exported": exported.model_dump(mode="json"),
         "files": {path: entry.model_dump(mode="json") for path, entry in writer.files.items()},

@@ -77,7 +77,9 @@ def split_head(checkpoint: Checkpoint, task: str, output: Path) -> list[str]:
         max_length=options.max_length,
         inputs=["input_ids", *["token_type_ids"] * types, "attention_mask"],
     )
-    return list(_differences(entries[task], options, checkpoint=checkpoint, stock=type(stock).__name__))
+    chains = [chain.name for chain in checkpoint.manifest.chains if task in (chain.first, chain.then)]
+    stays = [f"chain {name!r}, which uses the task, is no part of the model" for name in chains]
+    return [*_differences(entries[task], options, checkpoint=checkpoint, stock=type(stock).__name__), *stays]
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ class Job:
         return shard if len(self.targets) > 1 else 0
 
     def by(self, engine: Engine) -> Answerer:
-        tasks = asked(engine.tasks, self.settings)
+        tasks = asked(engine.tasks, self.settings, engine.chains)
         return Answerer(self, Scorer(engine, tasks), shape(tasks, self.settings, self.targets[0].format))
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mtserve.chains import AnyChain
 from mtserve.engine import Task
 from mtserve.errors import ConfigError, MissingExtraError, UnknownTaskError
 from mtserve.score.columns import Columns
@@ -39,7 +40,7 @@ class TaskSettings(BaseModel):
 class Settings(BaseModel):
     """How rows are scored; what a file of settings may hold.
 
-    tasks        by name; a model of one task needs none
+    tasks        by name, chains too; a model of one task needs none
     columns      field of an example -> column, for all tasks that have the field
     form         nested or flat; by default nested in JSONL, flat elsewhere
     keep         columns of the input that go through; None for all
@@ -59,24 +60,36 @@ class Settings(BaseModel):
     max_errors: int | None = Field(default=None, ge=0)
 
 
-def asked(known: Mapping[str, Task], settings: Settings) -> list[Asked]:
-    """The tasks with their columns. Raises UnknownTaskError, ConfigError."""
+def asked(known: Mapping[str, Task], settings: Settings, chains: Mapping[str, AnyChain]) -> list[Asked]:
+    """The tasks and chains with their columns. Raises UnknownTaskError, ConfigError, InputError for a chain's
+    parameters."""
     if settings.metrics and any(find_spec(name) is None for name in ("sklearn", "scipy", "sacrebleu")):
         raise MissingExtraError("measuring answers", "train")
     names = [*settings.tasks] or ([*known] if len(known) == 1 else [])
     if not names:
-        raise ConfigError(f"choose --task from {', '.join(known)}")
+        raise ConfigError(f"choose --task from {', '.join([*known, *chains])}")
     found, fields = [], set[str]()
     for name in names:
-        if name not in known:
-            raise UnknownTaskError(name, known)
-        kind, own = known[name].kind, settings.tasks.get(name, TaskSettings())
-        fields |= set(kind.labelled.model_fields)
-        shared = {field: of for field, of in settings.columns.items() if field in kind.labelled.model_fields}
-        found.append(Asked(known[name], Columns(kind, shared | own.columns), own.parameters, settings.metrics))
+        chain, own = chains.get(name), settings.tasks.get(name, TaskSettings())
+        task = known.get(name if chain is None else chain.first)
+        if task is None:
+            raise UnknownTaskError(name, [*known, *chains])
+        of_kind = set(task.kind.labelled.model_fields if chain is None else task.kind.example.model_fields)
+        if chain is not None:
+            _check_chain(chain, own, known, of_kind)
+        fields |= of_kind
+        shared = {field: of for field, of in settings.columns.items() if field in of_kind}
+        columns = Columns(task.kind, shared | own.columns)
+        found.append(Asked(task, columns, own.parameters, settings.metrics and chain is None, chain))
     if unknown := sorted(set(settings.columns) - fields):
         raise ConfigError(f"no task has a field {unknown[0]}; allowed: {', '.join(sorted(fields))}")
     return found
+
+
+def _check_chain(chain: AnyChain, own: TaskSettings, known: Mapping[str, Task], fields: set[str]) -> None:
+    chain.steps(own.parameters, known)
+    if unknown := sorted(set(own.columns) - fields):
+        raise ConfigError(f"chain {chain.name!r} is not measured and has no {unknown[0]}; allowed: {', '.join(fields)}")
 
 
 def limits_for(tasks: Sequence[Task], part_rows: int | None) -> Limits:
@@ -89,7 +102,8 @@ def shape(tasks: Sequence[Asked], settings: Settings, output: Format) -> Shape:
     form = settings.form or ("nested" if output == "jsonl" else "flat")
     if form == "nested" and output in ("csv", "tsv"):
         raise ConfigError(f"{output} has no nested columns; allowed: form flat")
-    return Shape(form, [one.task for one in tasks], settings.keep, settings.all_scores)
+    said = [(one.name, one.chain or one.task.kind, one.task.options) for one in tasks]
+    return Shape(form, said, settings.keep, settings.all_scores)
 
 
 def columns_plan(places: Sequence[Place], tasks: Sequence[Asked], shape: Shape, output: Format) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from mtserve.chains import AnyChain
 from mtserve.engine import Engine, Task
 from mtserve.errors import ConfigError, MtserveError
 from mtserve.score.cutting import Limits
@@ -83,6 +84,7 @@ class Here:
 class Run:
     """One input and one output.
 
+    chains  of the model, by name
     model   what else must be the same for a run to go on: which model, in which profile
     errors  a file for rows that fail
     say     hears of the sums after each window
@@ -97,6 +99,7 @@ class Run:
         output: str,
         settings: Settings,
         *,
+        chains: Mapping[str, AnyChain] | None = None,
         output_format: Format | None = None,
         errors: str | None = None,
         limits: Limits | None = None,
@@ -108,7 +111,7 @@ class Run:
         self.targets = targets(self.places, output, output_format)
         if both := {one.url for one in self.places} & {one.url for one in self.targets} - {STREAM}:
             raise ConfigError(f"{min(both)} is input and output at once; choose another output")
-        self.tasks = asked(tasks, settings)
+        self.tasks = asked(tasks, settings, chains or {})
         self.shape = shape(self.tasks, settings, self.targets[0].format)
         self.summary = Summary()
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from mtserve.chains import AnyChain
 from mtserve.engine import Engine, Task
 from mtserve.errors import InputError, Problem
 from mtserve.observer import Observer, Ran
-from mtserve.offline import Each
+from mtserve.offline import Each, Followed
 from mtserve.score.columns import Columns
 from mtserve.score.cutting import Window
 from mtserve.score.records import Record
@@ -28,16 +29,17 @@ COUNTS = ("rows", "errors", "truncated", "joined", "tokens", "padded", "passes",
 
 @dataclass(frozen=True)
 class Asked:
-    """A task that rows are to be answered for; `labelled` rows are measured too."""
+    """A task that rows are to be answered for, or a chain, whose first one it is; `labelled` rows are measured too."""
 
     task: Task
     columns: Columns
     parameters: Mapping[str, Any] = field(default_factory=dict)
     labelled: bool = False
+    chain: AnyChain | None = None
 
     @property
     def name(self) -> str:
-        return self.task.name
+        return self.task.name if self.chain is None else self.chain.name
 
 
 class Ledger(Observer):
@@ -56,7 +58,7 @@ class Computing:
     """A window on its way.
 
     items   for each task, for each row, what an example is made of
-    each    for each task, for each row, its work or what is wrong with it
+    each    for each task, for each row, its work or what is wrong with it; of a chain `Offline.computed` has more
     """
 
     window: Window
@@ -102,8 +104,7 @@ class Scorer:
                 found.each[task] = [item if isinstance(item, InputError) else next(ready) for item in made]
                 items[task] = made
         found.items = items
-        every = (work for of in found.each.values() for work in of)
-        found.counts["truncated"] = sum(isinstance(work, Work) and work.cut > 0 for work in every)
+        found.counts["truncated"] = _cut(work for of in found.each.values() for work in of)
         return found
 
     def _items(self, window: Window) -> list[tuple[list[Asked], list[dict[str, Any] | InputError]]]:
@@ -120,8 +121,10 @@ class Scorer:
 
     def compute(self, window: Computing) -> Computing:
         before, began = dict(self.ledger.sums), time.perf_counter()
-        self.engine.computed(window.each)
+        window.each = self.engine.computed(window.each, {one.name: one.parameters for one in self.asked})
         window.counts |= {name: value - before[name] for name, value in self.ledger.sums.items()}
+        followed = (one for of in window.each.values() for one in of if isinstance(one, Followed))
+        window.counts["truncated"] += _cut(work for one in followed for work in one.works)
         window.counts["compute_s"] = time.perf_counter() - began
         return window
 
@@ -152,6 +155,11 @@ class Scorer:
         except _UNKNOWN:  # a truth that the task does not know: without the rows that have one
             known = [pair for pair in pairs if _is_known(kind, pair, options)]
             return _dense(kind, known, options)
+
+
+def _cut(works: Iterable[Any]) -> int:
+    """How many of them have text that no row holds."""
+    return sum(isinstance(work, Work) and work.cut > 0 for work in works)
 
 
 def pack(outcomes: Mapping[str, Sequence[Any]]) -> bytes:

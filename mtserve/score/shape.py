@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mtserve.engine import Task
+from mtserve.chains import AnyChain
 from mtserve.errors import ConfigError, MtserveError
 from mtserve.tasks.base import AnyKind, Options
 
@@ -24,11 +24,12 @@ FAULT: Mapping[str, Any] = {"code": str, "message": str, "row": int, "file": str
 class Shape:
     """Columns of the output.
 
+    tasks   names of tasks and chains, what says the columns of each, and the options by which it does
     keep    columns of the input that go through, in their order; None for all
     """
 
     form: Form
-    tasks: Sequence[Task]
+    tasks: Sequence[tuple[str, AnyKind | AnyChain, Options]]
     keep: tuple[str, ...] | None = None
     all_scores: bool = False
 
@@ -36,7 +37,7 @@ class Shape:
     def added(self) -> dict[str, Any]:
         """Types of the columns that answers add, by name, as Python writes types."""
         found: dict[str, Any] = {}
-        for task, kind, options in self._tasks:
+        for task, kind, options in self.tasks:
             if self.form == "nested":
                 found[task] = kind.prediction
                 continue
@@ -46,10 +47,6 @@ class Shape:
         if self.form == "nested":
             return {**found, ERROR: FAULT}
         return {**found, **{f"{ERROR}_{name}": of for name, of in FAULT.items()}}
-
-    @property
-    def _tasks(self) -> list[tuple[str, AnyKind, Options]]:
-        return [(task.name, task.kind, task.options) for task in self.tasks]
 
     def kept(self, cells: Mapping[str, Any]) -> Mapping[str, Any]:
         if self.keep is None:
@@ -65,7 +62,7 @@ class Shape:
         """Cells of an output row; an answer that is an exception is null there, and its error is told."""
         found = dict(self.kept(cells))
         failed = {task: one for task, one in answers.items() if isinstance(one, Exception)}
-        for task, kind, options in self._tasks:
+        for task, kind, options in self.tasks:
             answer = answers.get(task)
             if self.form == "nested":
                 found[task] = None if task in failed else answer

@@ -90,7 +90,8 @@ class Base:
         return next((trunk for trunk in self.trunks if trunk.entry.fingerprint == fingerprint), None)
 
     def table(self, live: Live | None = None) -> TaskTable:
-        """A head stands in the place of the task whose name it has, or behind all. Raises as `TaskTable.of`."""
+        """A head stands in the place of the task whose name it has, or behind all; chains are those of the checkpoints,
+        whose tasks so cannot leave. Raises as `TaskTable.of`."""
         live = live or Live()
         tasks = {task.name: task for task in self._served()}
         for name, head in live.heads.items():
@@ -98,7 +99,8 @@ class Base:
             assert trunk is not None, "its head has come"
             tasks[name] = ServedTask(head.task, trunk, golden=head.golden)
         left = [task for name, task in tasks.items() if name not in live.removed]
-        return replace(TaskTable.of(left, self.settings, self.model), number=live.number)
+        chains = [chain for each in self.checkpoints for chain in each.manifest.chains]
+        return replace(TaskTable.of(left, self.settings, self.model, chains=chains), number=live.number)
 
     def _served(self) -> list[ServedTask]:
         trunk_of = {

@@ -111,7 +111,10 @@ class Living:
                 live = live.plus(coming.tried(coming.place.queue.scheduler.between(coming.come).result()))
             except (MtserveError, OSError) as error:
                 raise ConfigError(f"MTSERVE_HEADS: {file} cannot be served: {error}") from error
-        self._hold(live)
+        try:
+            self._hold(live)
+        except SetupError as error:
+            raise ConfigError(f"MTSERVE_HEADS: {self.folder.path} cannot be served: {error}") from error
         if not self.table.tasks:
             raise ConfigError(f"MTSERVE_HEADS: {self.folder.path} leaves no task to serve")
 
@@ -124,6 +127,7 @@ class Living:
                 raise HeadError(f"there is a task {name!r} already; ask to replace it, or choose another name")
             try:
                 coming = await asyncio.to_thread(self._read, name, file, untuned=untuned)
+                self.base.table(self.live.plus(coming.head))  # what it is in must go with it
                 self._expect(coming)
                 report = await asyncio.wrap_future(coming.place.queue.scheduler.between(coming.come))
                 await self._committed(partial(self.folder.put, name, file))
@@ -136,12 +140,17 @@ class Living:
             logger.info("task %r came, version %s", name, coming.head.version)
 
     async def remove(self, name: str) -> None:
-        """Let a task leave. Raises UnknownTaskError, HeadError for the last one, or CapacityError as `put`."""
+        """Let a task leave. Raises UnknownTaskError, HeadError for the last one or one in a chain, CapacityError as
+        `put`."""
         async with self._changing:
             if name not in self.table.tasks:
                 raise UnknownTaskError(name, self.table.tasks)
             if len(self.table.tasks) == 1:
                 raise HeadError(f"{name!r} is the last task; a server has at least one")
+            try:
+                self.base.table(self.live.minus(name))
+            except SetupError as error:
+                raise HeadError(f"{name!r} is in a chain: {error}") from error
             await self._committed(partial(self.folder.remove, name, of_checkpoint=name in self.base.names))
             await self._change(self.live.minus(name))
             logger.info("task %r left", name)

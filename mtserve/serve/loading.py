@@ -58,25 +58,26 @@ def open_checkpoints(locations: Sequence[str]) -> list[Checkpoint]:
     for location in locations:
         prefix, unprefixed = split_prefix(location)
         checkpoint = _prefixed(Checkpoint.open(resolve(unprefixed)), prefix)
-        for task in checkpoint.manifest.tasks:
-            if task.name in owners:
-                raise clash(task.name, owners[task.name], location)
-            owners[task.name] = location
+        for name in checkpoint.manifest.names:
+            if name in owners:
+                raise clash(name, owners[name], location)
+            owners[name] = location
         checkpoints.append(checkpoint)
     return checkpoints
 
 
 def _prefixed(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
-    """The checkpoint with other names for its tasks. Raises ConfigError for one that is too long."""
+    """The checkpoint with other names for its tasks and chains. Raises ConfigError for one that is too long."""
     if not prefix:
         return checkpoint
     manifest = checkpoint.manifest
     try:
-        names = [check_task_name(f"{prefix}.{task.name}") for task in manifest.tasks]
+        names = {name: check_task_name(f"{prefix}.{name}") for name in manifest.names}
     except ValueError as error:
         raise ConfigError(f"with prefix {prefix!r}: {error}") from error
-    tasks = tuple(task.model_copy(update={"name": name}) for task, name in zip(manifest.tasks, names, strict=True))
-    return replace(checkpoint, manifest=manifest.model_copy(update={"tasks": tasks}))
+    tasks = tuple(task.model_copy(update={"name": names[task.name]}) for task in manifest.tasks)
+    chains = tuple(chain.linked(names, name=names[chain.name]) for chain in manifest.chains)
+    return replace(checkpoint, manifest=manifest.model_copy(update={"tasks": tasks, "chains": chains}))
 
 
 def check_settings(settings: Settings) -> list[Checkpoint]:

@@ -28,7 +28,7 @@ class Usage:
 
     inputs            how many it asked about
     tokens            of all rows that it asked for, also of those that it shares
-    truncated         inputs of which some text was cut
+    truncated         inputs of which some text was cut; those that a chain makes count too
     trunk_passes      in which it took part
     …_time_ms         tokenising; waiting for the engine; running and decoding; all of it
     """
@@ -44,6 +44,11 @@ class Usage:
 
     def as_dict(self) -> dict[str, int | float]:
         return {**vars(self)}
+
+    def and_then(self, more: Usage) -> Usage:
+        """Of a request that asked once more, about inputs of its own making."""
+        sums = {name: round(value + vars(more)[name], 2) for name, value in vars(self).items()}
+        return Usage(**{**sums, "inputs": self.inputs})
 
 
 class Model(Protocol):

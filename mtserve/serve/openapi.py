@@ -7,18 +7,19 @@ from collections.abc import Iterator
 
 import mtserve
 from mtserve import errors
+from mtserve.chains import AnyChain
 from mtserve.errors import HeadError, MtserveError
 from mtserve.manifest import TASK_NAME
 from mtserve.serve.admin import HEADS
-from mtserve.serve.examples import markdown
-from mtserve.serve.schemas import STREAM, Schema, add_task, error_body, reference
+from mtserve.serve.examples import chain_snippets, fenced, markdown
+from mtserve.serve.schemas import STREAM, Schema, add_chain, add_task, error_body, reference
 from mtserve.serve.table import ServedTask, TaskTable
 
 ID_HEADER = {"X-Request-Id": {"description": "The request's own, or a new one.", "schema": {"type": "string"}}}
 HEADERS = {
     "X-Inputs": ("integer", "Inputs that were asked about."),
     "X-Tokens": ("integer", "Tokens of all rows that were asked for."),
-    "X-Truncated": ("integer", "Inputs of which some text was cut."),
+    "X-Truncated": ("integer", "Inputs of which some text was cut; those that chains make count too."),
     "X-Trunk-Passes": ("integer", "Trunk passes in which the request took part."),
     "X-Prepare-Time-Ms": ("number", "Time for tokenising."),
     "X-Queue-Time-Ms": ("number", "Time until the engine was free."),
@@ -34,9 +35,13 @@ def document(table: TaskTable, *, url: str = "http://localhost:3000") -> Schema:
     for served in table.tasks.values():
         add_task(schemas, served.task)
         paths[served.url] = {"post": _task_operation(served, markdown(served, url, keys=bool(table.keys)))}
+    for chain in table.chains.values():
+        add_chain(schemas, chain, table.members(chain))
     schemas["Predict"], schemas["Predictions"] = _predict_request(table), _predict_answer(table)
-    paths["/predict"] = {"post": _predict_operation(table)}
-    paths["/tasks"] = {"get": _get("Names, kinds, labels, options and metrics of all tasks", "listing")}
+    paths["/predict"] = {"post": _predict_operation(table, url)}
+    paths["/tasks"] = {
+        "get": _get("Names, kinds, labels, options and metrics of all tasks, and their chains", "listing")
+    }
     if table.admin_keys:
         paths[HEADS] = _admin_operations()
     paths["/livez"] = {"get": _get("Whether the process lives", "live")}
@@ -107,23 +112,30 @@ def _admin_operations() -> Schema:
     }
 
 
-def _predict_operation(table: TaskTable) -> Schema:
+def _predict_operation(table: TaskTable, url: str) -> Schema:
     first = next(iter(table.tasks.values()))
     same = [task.name for task in table.tasks.values() if task.example() == first.example()]
     example = {"inputs": [first.example()["inputs"]], "tasks": same[:3]}
     return {
         "operationId": "predict",
         "tags": ["all tasks"],
-        "summary": "The same inputs for several tasks, encoded once",
+        "summary": "The same inputs for several tasks, encoded once, and for chains of tasks",
+        "description": "\n\n".join(_about(table, chain, url) for chain in table.chains.values()),
         "requestBody": _json_body("Predict", example),
         "responses": _responses("Predictions"),
     }
 
 
+def _about(table: TaskTable, chain: AnyChain, url: str) -> str:
+    """A chain in a sentence, and a request to it."""
+    said = f"`{chain.name}` chains `{chain.first}` and `{chain.then}` by {chain.link}."
+    return f"{said}\n\n{fenced(chain_snippets(chain, table.tasks[chain.first], url, keys=bool(table.keys)))}"
+
+
 def _predict_request(table: TaskTable) -> Schema:
     one: list[Schema] = [{"type": "string"}, {"type": "object"}]
-    parameters = {name: reference(f"{name}.Parameters") for name in table.tasks}
-    names = {"type": "string", "enum": list(table.tasks)}
+    parameters = {name: reference(f"{name}.Parameters") for name in [*table.tasks, *table.chains]}
+    names = {"type": "string", "enum": [*table.tasks, *table.chains]}
     return {
         "type": "object",
         "properties": {
@@ -137,7 +149,8 @@ def _predict_request(table: TaskTable) -> Schema:
 
 
 def _predict_answer(table: TaskTable) -> Schema:
-    outputs = {name: {"type": "array", "items": reference(f"{name}.Prediction")} for name in table.tasks}
+    names = [*table.tasks, *table.chains]
+    outputs = {name: {"type": "array", "items": reference(f"{name}.Prediction")} for name in names}
     usage = {
         header.removeprefix("X-").replace("-", "_").lower(): {"type": kind, "minimum": 0, "description": text}
         for header, (kind, text) in HEADERS.items()

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
+from mtserve.chains import AnyChain
 from mtserve.engine import Task
 from mtserve.tasks.base import AnyKind
 
@@ -43,13 +44,32 @@ def add_task(schemas: dict[str, Schema], task: Task) -> None:
     schemas[f"{prefix}Answer"] = _any(_answers(kind, schemas, f"{prefix}Prediction"))
 
 
-def _prediction(task: Task, schemas: dict[str, Schema], prefix: str) -> Schema:
-    """The schema of one prediction, with the task's labels as the only values of its label field."""
-    schema = task.kind.answer_schema(task.options)
+def add_chain(schemas: dict[str, Schema], chain: AnyChain, tasks: Mapping[str, Task]) -> None:
+    """Put a chain's `Parameters` and `Prediction` among the components; those of its tasks are there."""
+    names = (chain.first, chain.then)
+    schemas[f"{chain.name}.Parameters"] = {
+        "type": "object",
+        "properties": {name: reference(f"{name}.Parameters") for name in names},
+        "additionalProperties": False,
+    }
+    schema = TypeAdapter(chain.prediction).json_schema(ref_template=COMPONENTS + "{model}")
+    for task in (tasks[name] for name in names):
+        _enumerate(schema, task)
+    schemas[f"{chain.name}.Prediction"] = _hoist(schema, schemas, f"{chain.name}.")
+
+
+def _enumerate(schema: Schema, task: Task) -> None:
+    """The task's labels as the only values of its label field."""
     for part in _parts([schema]):
         field = part.get("properties", {}).get(task.kind.label_field)
         if field is not None:
             field["enum"] = list(task.kind.label_names(task.options))
+
+
+def _prediction(task: Task, schemas: dict[str, Schema], prefix: str) -> Schema:
+    """The schema of one prediction, with the task's labels as the only values of its label field."""
+    schema = task.kind.answer_schema(task.options)
+    _enumerate(schema, task)
     return _hoist(schema, schemas, prefix)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from mtserve.chains import AnyChain
 from mtserve.engine import Task
 from mtserve.errors import CapacityError, SetupError, UnknownTaskError
 from mtserve.golden import GoldenReport
@@ -100,22 +101,46 @@ class TaskTable:
     keys: Keys = field(default_factory=Keys)
     admin_keys: Keys = field(default_factory=Keys)
     number: int = 0
+    chains: Mapping[str, AnyChain] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tasks: Iterable[ServedTask], settings: Settings, model: Model) -> TaskTable:
-        """Raises SetupError if two tasks have one name, ConfigError for keys that cannot be read."""
+    def of(
+        cls, tasks: Iterable[ServedTask], settings: Settings, model: Model, *, chains: Iterable[AnyChain] = ()
+    ) -> TaskTable:
+        """Raises SetupError if two tasks have one name or a chain does not go with its tasks, ConfigError for keys that
+        cannot be read."""
         named: dict[str, ServedTask] = {}
         for task in tasks:
             if task.name in named:
                 raise clash(task.name, named[task.name].trunk.entry.source, task.trunk.entry.source)
             named[task.name] = task
-        return cls(MappingProxyType(named), settings, model, Keys.of(settings), Keys.of_admin(settings))
+        by_name = MappingProxyType({chain.name: chain for chain in chains})
+        table = cls(
+            MappingProxyType(named), settings, model, Keys.of(settings), Keys.of_admin(settings), chains=by_name
+        )
+        table.check_chains()
+        return table
 
     def task(self, name: str) -> ServedTask:
         """Raises UnknownTaskError."""
         if name not in self.tasks:
-            raise UnknownTaskError(name, self.tasks)
+            raise UnknownTaskError(name, self.tasks, chains=self.chains)
         return self.tasks[name]
+
+    def check_chains(self) -> None:
+        """Raises SetupError."""
+        if both := [name for name in self.chains if name in self.tasks]:
+            raise SetupError(f"{both[0]!r} is the name of a chain and of a task; names must be distinct")
+        tasks = {name: served.task for name, served in self.tasks.items()}
+        try:
+            for chain in self.chains.values():
+                chain.check(tasks)
+        except ValueError as error:
+            raise SetupError(str(error)) from error
+
+    def members(self, chain: AnyChain) -> dict[str, Task]:
+        """The two tasks of a chain."""
+        return {name: self.tasks[name].task for name in (chain.first, chain.then)}
 
     @property
     def trunks(self) -> list[ServedTrunk]:
@@ -123,7 +148,8 @@ class TaskTable:
 
     def listing(self) -> dict[str, Any]:
         """The answer of `GET /tasks`."""
-        return {"tasks": [task.listing() for task in self.tasks.values()]}
+        chains = [chain.model_dump(mode="json") for chain in self.chains.values()]
+        return {"tasks": [task.listing() for task in self.tasks.values()], "chains": chains}
 
 
 class Changes(Protocol):

@@ -21,16 +21,20 @@ from benchmarks import onnx_latency
 from mtserve import inspection
 from mtserve.backends.sessions import Graphs
 from mtserve.batching import Batch
+from mtserve.chains import Spans
 from mtserve.cli import app
+from mtserve.errors import CheckpointError
 from mtserve.export import quantizing
 from mtserve.export.bundling import export
 from mtserve.loading import in_force, load
 from mtserve.rows import Past
 from mtserve.safetensors_file import read_header
+from mtserve.surgery import add_chain
 from tests.export.bundles import DECODER, ENCODER, Pair, backend, pair
+from tests.labelled import write_labelled
 from tests.test_contract import assert_close
 from tests.test_pasts import Program, answers, assert_plain, row, words
-from tests.tiny import tiny, write_checkpoint
+from tests.tiny import OPTIONS, tiny, write_checkpoint
 
 pytestmark = pytest.mark.xdist_group("bundles")  # one process makes each bundle once
 
@@ -268,3 +272,21 @@ def test_the_benchmark_runs(encoder: Pair, monkeypatch: pytest.MonkeyPatch, caps
     found = json.loads(capsys.readouterr().out)["ms"]
     assert [*found] == ["1 x 16", "1 x 32", "8 x 32", "32 x 32"]  # rows of its trunk have 96 tokens at most
     assert {*found["1 x 16"]} == {"PyTorch fp32", "ONNX fp32"}
+
+
+def test_chains_go_with_their_tasks(tmp_path: Path) -> None:
+    """A bundle answers a chain as the checkpoint does; one of whose tasks is left out stays behind."""
+    names = ("token_classification", {"labels": ["a", "b", "c"], "max_length": 48})  # random weights find some
+    small = tiny("bert", tasks={"names": names, "topic": OPTIONS["topic"], "tags": OPTIONS["tags"]})
+    made = write_labelled(tmp_path / "chained", small)
+    made = add_chain(made, Spans(name="about", first="names", then="topic"))
+    made = add_chain(made, Spans(name="more", first="names", then="tags"))
+    bundle = export(made, tmp_path / "bundle", only=["names", "topic"]).bundle
+    assert bundle is not None
+    assert (bundle.manifest.chains, bundle.manifest.format) == (made.manifest.chains[:1], 2)
+    texts = ["ana silva moved from porto to oslo in may", "good"]
+    wanted = load(made.folder, profile="fp32").predict("about", texts)
+    assert any(wanted)
+    assert_close(load(bundle.folder).predict("about", texts), wanted, 1e-4)
+    with pytest.raises(CheckpointError, match="changing its chains needs the checkpoint that it was exported from"):
+        add_chain(bundle, Spans(name="again", first="names", then="topic"))

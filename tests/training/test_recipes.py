@@ -173,6 +173,9 @@ def test_shakespeare_from_paraphrases(tmp_path: Path, trunk_folder: Callable[[st
     assert engine.task("style").options.pooling == "last"
     assert result.scores["style"].baseline["accuracy"] == 0.5
     assert set(result.test) == {"to_original", "to_modern", "style"}
+    (ranked,) = engine.predict("best_original", ["one two"])
+    assert len(ranked) == 8
+    assert {one["label"] for candidate in ranked for one in candidate["then"]} <= {"original"}
     text, old = engine.text, Text(TOKENIZER_JSON, result.engine.text.spec)
     added = [text.literal(token)[0] for token in ("<bos>", "<eos>", "<pad>", "<cls>")]
     assert added == list(range(old.vocab_size, old.vocab_size + 4))

@@ -46,7 +46,7 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            attending = asyncio.create_task(self._root.attend())
+            attending = asyncio.create_task(self._root.attended())
             try:
                 await self._app(scope, receive, send)
             finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from mtserve.serve.draining import Drain
 from mtserve.serve.keys import Keys
 from mtserve.serve.model import Model
 from mtserve.settings import Settings
+
+_POLL_S = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +169,7 @@ class Root:
     drain      counts requests, and knows whether more are taken
     changes    None where nothing is loaded
     released   is told from which table on, by number, requests that are under way may hold one
-    attend     runs while the server does
+    attend     runs while the server does, in its event loop
     """
 
     def __init__(self, table: TaskTable | None = None) -> None:
@@ -207,6 +210,12 @@ class Root:
                 if number < self._number:
                     self.released(self.oldest)
 
+    async def attended(self) -> None:
+        """What `attend` says, from when there is a table: servers differ in whether they load before they begin."""
+        while self._table is None:
+            await asyncio.sleep(_POLL_S)
+        await self.attend()
+
     async def check(self) -> None:
         """Raise CapacityError if a request would not be taken now."""
         await self.table().model.check()
@@ -220,7 +229,7 @@ class Root:
 
 
 async def _nothing() -> None:
-    pass
+    """There is nothing to attend to."""
 
 
 def clash(name: str, first: str, second: str) -> SetupError:

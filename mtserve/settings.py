@@ -56,6 +56,8 @@ class Settings(BaseSettings):
     access_log: bool = Field(default=True, description="Whether each request writes a line of JSON to stdout.")
     log_texts: bool = Field(default=False, description="Whether the access log holds the inputs of requests.")
 
+    ui: bool = Field(default=False, description="Whether the playground is at /ui; needs the extra `ui`.")
+
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="What computes; auto is the GPU where there is one."
     )

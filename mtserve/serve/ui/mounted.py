@@ -1,0 +1,156 @@
+"""The playground as an ASGI app under /ui: what of Gradio is let through, and in what it is wrapped. Knows no task.
+
+Gradio's app has routes for files, uploads, proxies, logins and more, none of which this page needs. So only the paths
+of `_OPEN` reach it; all others are unknown here. Bodies are read under the server's own limit, and an answer that
+nobody waits for is given up. A header tells browsers to load nothing from elsewhere; no other page may frame this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from contextlib import suppress
+from typing import Any
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import RedirectResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mtserve.errors import MtserveError, UnknownRouteError
+from mtserve.serve import replies
+from mtserve.serve.body import read
+from mtserve.serve.exchange import exchange
+from mtserve.serve.routing import while_connected
+from mtserve.serve.table import Root
+from mtserve.serve.ui import PATH
+from mtserve.serve.ui.style import STYLE
+
+_OPEN = re.compile(
+    r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/(assets|static|svelte)/[\w./-]+"
+    r"|/gradio_api/(run/predict|queue/join|queue/data|cancel|reset|info|heartbeat/\w+)"
+)
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
+)
+
+
+class Playground:
+    """An ASGI app for /ui and what is below. Gradio is imported by `open`, or else by the first request."""
+
+    def __init__(self, root: Root) -> None:
+        self._root = root
+        self._app: ASGIApp | None = None
+        self._started: asyncio.Future[None] | None = None
+        self._stop: Any = None
+
+    def open(self, *, streams: bool = True) -> None:
+        """Make the page; `streams` is whether one process serves all of a visitor's requests."""
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "True"
+        import gradio
+        from fastapi import FastAPI
+
+        from mtserve.serve.ui.page import make_page
+
+        page = make_page(self._root, streams=streams).queue(default_concurrency_limit=None)
+        outer = FastAPI(openapi_url=None)
+        gradio.mount_gradio_app(
+            outer,
+            page,
+            path=PATH,
+            css=STYLE,
+            theme=_theme(),
+            footer_links=[],
+            run_history=False,
+            mcp_server=False,
+            ssr_mode=False,
+            show_error=False,
+            enable_monitoring=False,
+        )
+        self._app, self._lifespan = outer, outer.router.lifespan_context(outer)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange().route = PATH
+        path = scope["path"].removeprefix(PATH)
+        if not path:
+            await RedirectResponse(PATH.removeprefix("/") + "/")(scope, receive, send)
+            return
+        try:
+            if not _OPEN.fullmatch(path) or ".." in path:
+                raise UnknownRouteError(f"no route {scope['path']}")
+            receive = await self._limited(scope, receive)
+        except MtserveError as error:
+            await replies.failure(error)(scope, receive, send)
+            return
+        except ClientDisconnect:
+            return
+        app = await self._ready()
+        if path == "/gradio_api/run/predict":
+            await _while_connected(app, scope, receive, _guarded(send))
+        else:
+            await app(scope, receive, _guarded(send))
+
+    async def _ready(self) -> ASGIApp:
+        """Gradio's app, with what it starts in the event loop."""
+        if self._app is None:
+            self.open()
+        if self._started is None:
+            self._started = asyncio.ensure_future(self._lifespan.__aenter__())
+        await self._started
+        assert self._app is not None
+        return self._app
+
+    async def close(self) -> None:
+        """End what runs for it in the event loop."""
+        if self._started is not None:
+            started, self._started = self._started, None
+            await started
+            await self._lifespan.__aexit__(None, None, None)
+
+    async def _limited(self, scope: Scope, receive: Receive) -> Receive:
+        """What gives the request's body again, read whole. Raises TooLargeError."""
+        if scope["method"] != "POST":
+            return receive
+        held = [await read(Request(scope, receive), limit=self._root.table().settings.max_body_bytes)]
+
+        async def again() -> Message:
+            return {"type": "http.request", "body": held.pop()} if held else await receive()
+
+        return again
+
+
+async def _while_connected(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Give up what is asked when the browser leaves; only we listen for that."""
+    body = await receive()
+
+    async def once() -> Message:
+        nonlocal body
+        found, body = body, {}
+        return found or await asyncio.get_running_loop().create_future()
+
+    with suppress(ClientDisconnect):
+        await while_connected(Request(scope, receive), app(scope, once, send))
+
+
+def _guarded(send: Send) -> Send:
+    async def told(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers["Content-Security-Policy"] = _POLICY
+            headers["X-Content-Type-Options"] = "nosniff"
+            headers["Referrer-Policy"] = "same-origin"
+        await send(message)
+
+    return told
+
+
+def _theme() -> Any:
+    """Fonts of the reader's own system, since those of the web are elsewhere."""
+    from gradio.themes import Default
+
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]
+    mono = ["ui-monospace", "SFMono-Regular", "Menlo", "monospace"]
+    return Default(primary_hue="indigo", neutral_hue="slate", font=fonts, font_mono=mono)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from mtserve.errors import CapacityError, MtserveError, NotFiniteError, RequestError, UnknownTaskError
-from mtserve.serve.answering import answer_task, answer_tasks, note_inputs, stream_task
+from mtserve.serve.answering import answer_items, answer_tasks, note_inputs, stream_task
 from mtserve.serve.body import check_object
 from mtserve.serve.exchange import exchange
 from mtserve.serve.model import Usage
@@ -28,10 +29,23 @@ def body(kind: AnyKind, example: Mapping[str, Any], parameters: Mapping[str, Any
     return {**made, "stream": True} if stream else made
 
 
-async def ask(root: Root, name: str, asked: Body) -> tuple[Any, Usage]:
+@dataclass(frozen=True)
+class Answer:
+    """The prediction for one example, what the route makes of it, what it cost, and the task that gave it."""
+
+    prediction: Any
+    joined: Any
+    usage: Usage
+    served: ServedTask
+
+
+async def ask(root: Root, name: str, asked: Body) -> Answer:
     """As POST /tasks/{name}. Raises what that answers with."""
     table, served = _checked(root, name, asked)
-    return await answer_task(table, served, asked["inputs"], asked.get("parameters", {}))
+    kind = served.task.kind
+    items, shape = kind.split(asked["inputs"])
+    predictions, usage = await answer_items(table, served, items, asked.get("parameters", {}))
+    return Answer(predictions[0], kind.join(predictions, shape), usage, served)
 
 
 async def read_along(root: Root, name: str, asked: Body) -> AsyncGenerator[Any, None]:
@@ -63,6 +77,7 @@ def _checked(root: Root, name: str, asked: Body) -> tuple[TaskTable, ServedTask]
 
 def told(error: Exception) -> tuple[str, str]:
     """(code, sentence) of what went wrong; of what nobody expected, the log has the rest."""
+    exchange().code = error.code if isinstance(error, MtserveError) else MtserveError.code
     if isinstance(error, UnknownTaskError):
         return error.code, f"{error}. Tasks of this server have changed: reload the page."
     if isinstance(error, (RequestError, CapacityError, NotFiniteError)):

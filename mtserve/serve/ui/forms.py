@@ -23,8 +23,8 @@ _BOUNDS = {
     "exclusiveMinimum": "above {}",
     "maximum": "at most {}",
     "exclusiveMaximum": "below {}",
-    "minItems": "at least {} of them",
-    "maxItems": "at most {} of them",
+    "minItems": "at least {}",
+    "maxItems": "at most {}",
 }
 
 
@@ -103,12 +103,13 @@ def _field(name: str, part: Mapping[str, Any], *, required: bool) -> Field:
     kind = kinds[0] if len(kinds) == 1 else {}
     optional = len(kinds) < len(part.get("anyOf", [part]))
     bounds = ", ".join(text.format(kind[key]) for key, text in _BOUNDS.items() if key in kind)
-    about = " ".join(filter(None, [part.get("description", ""), bounds and f"({bounds})"]))
-    default = part.get("default")
+    default, lines = part.get("default"), kind.get("type") == "array" and kind.get("items", {}).get("type") == "string"
+    said = [part.get("description", ""), "One a line." if lines else "", f"({bounds})" if bounds else ""]
+    about = " ".join(filter(None, said))
     if "enum" in kind:
         return Field(name, "choice", about, required, default, tuple(kind["enum"]))
-    if kind.get("type") == "array" and kind.get("items", {}).get("type") == "string":
-        return Field(name, "lines", f"{about} One a line.".strip(), required, None)
+    if lines:
+        return Field(name, "lines", about, required)
     shape = _SHAPES.get(kind.get("type", ""), "json")
     if shape == "flag" and optional:  # neither yes nor no is a third value
         return Field(name, "choice", about, required, default, (True, False))

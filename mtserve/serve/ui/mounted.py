@@ -31,6 +31,7 @@ _OPEN = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/(assets|static|svelte)/[\w./-]+"
     r"|/gradio_api/(run/predict|queue/join|queue/data|cancel|reset|info|heartbeat/\w+)"
 )
+_MANIFEST, _ICON = re.compile(rb'<link rel="manifest"[^>]*>'), b'<link rel="icon" href="data:,">'
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
@@ -88,6 +89,9 @@ class Playground:
         except ClientDisconnect:
             return
         app = await self._ready()
+        if path == "/":
+            await _rewritten(app, scope, receive, _guarded(send))
+            return
         if path == "/gradio_api/run/predict":
             await _while_connected(app, scope, receive, _guarded(send))
         else:
@@ -133,6 +137,27 @@ async def _while_connected(app: ASGIApp, scope: Scope, receive: Receive, send: S
 
     with suppress(ClientDisconnect):
         await while_connected(Request(scope, receive), app(scope, once, send))
+
+
+async def _rewritten(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """The page without its link to a manifest at the root of the host, which is not its own; and with an empty icon,
+    since browsers look for one there too."""
+    plain = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]
+    start: Message = {}
+    parts: list[bytes] = []
+
+    async def held(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            start.update(message)
+            return
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            page = _MANIFEST.sub(_ICON, b"".join(parts))
+            MutableHeaders(raw=start["headers"])["Content-Length"] = str(len(page))
+            await send(start)
+            await send({"type": "http.response.body", "body": page})
+
+    await app({**scope, "headers": plain}, receive, held)
 
 
 def _guarded(send: Send) -> Send:

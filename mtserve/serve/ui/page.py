@@ -30,8 +30,10 @@ HEAD = (
     '<header class="top"><h1>mtserve</h1><p>One encoder, every task. '
     '<a href="../docs">Routes and schemas</a></p></header>'
 )
+HINT = shown.hint("The answer comes here.")
 STREAM = "Read along"
 Outputs = tuple[Any, ...]
+_NO_CODE = {"__type__": "update", "visible": False}
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,18 @@ def _kind_form(root: Root, picker: Any, kind: AnyKind, *, streams: bool) -> Kind
                     stop = [gr.Button("Stop", variant="stop", min_width=90)] if along else []
                     run = gr.Button("Run", variant="primary", min_width=90)
             with gr.Column(min_width=300):
-                answer = gr.HTML(elem_classes="out", min_height=120)
+                answer = gr.HTML(HINT, elem_classes="out", min_height=150)
                 facts = gr.HTML()
-        outputs = [answer, facts, *_code("The same request", "curl", "python")]
+        outputs = [answer, facts, *_code("curl", "Python")]
     form = KindForm(kind, example, parameters, column, inputs, outputs)
-    asked = {"inputs": [picker, *flag, *inputs], "outputs": outputs, "queue": along, "show_progress": "minimal"}
+    again = "once" if along else "always_last"  # a click meanwhile is not lost
+    asked = {
+        "trigger_mode": again,
+        "inputs": [picker, *flag, *inputs],
+        "outputs": outputs,
+        "queue": along,
+        "show_progress": "minimal",
+    }
     began = [run.click, *[one.submit for one in inputs if isinstance(one, gr.Textbox)]]
     event = gr.on(began, _growing(root, form) if along else _whole(root, form), **asked)
     for one in stop:
@@ -192,10 +201,16 @@ def _component(field: Field) -> Any:
             return gr.Textbox(lines=2 if field.required else 1, **about)
 
 
-def _code(title: str, *names: str) -> list[gr.Code]:
-    language = {"curl": "shell", "python": "python"}
-    with gr.Accordion(title, open=True, elem_classes="code"):
-        return [gr.Code(label=name, language=language[name], interactive=False, lines=1) for name in names]
+def _code(*names: str) -> list[gr.Code]:
+    """Where the same request is to be copied from; seen once there is one."""
+    how: dict[str, Any] = {"interactive": False, "lines": 1, "visible": False, "wrap_lines": True}
+    how["show_line_numbers"] = False
+    language = {"curl": "shell", "Python": "python"}
+    return [gr.Code(label=name, language=language[name], **how) for name in names]
+
+
+def _said(code: str) -> Any:
+    return gr.update(value=code, visible=True)
 
 
 def _sampled(root: Root, form: KindForm) -> Callable[[str], Any]:
@@ -217,7 +232,10 @@ def _snippets(root: Root, request: gr.Request, name: str, asked: Body) -> Output
     table = root.table()
     url, keys = _address(request), bool(table.keys)
     served = table.task(name)
-    return curl(url + served.url, asked, keys=keys), python(url, served.name, asked, keys=keys)
+    return (
+        _said(curl(url + served.url, asked, keys=keys)),
+        _said(python(url, served.name, asked, keys=keys)),
+    )
 
 
 def _address(request: gr.Request) -> str:
@@ -227,13 +245,13 @@ def _address(request: gr.Request) -> str:
 
 def _whole(root: Root, form: KindForm) -> Callable[..., Any]:
     async def run(request: gr.Request, name: str, *values: Any) -> Outputs:
-        code: Outputs = "", ""
+        code: Outputs = _NO_CODE, _NO_CODE
         try:
             asked = form.body(values, stream=False)
             code = _snippets(root, request, name, asked)
-            answer, usage = await ask(root, name, asked)
-            served = root.table().task(name)
-            return shown.prediction(answer, asked["inputs"], served), shown.usage(usage.as_dict()), *code
+            found = await ask(root, name, asked)
+            looks = shown.answered(found.prediction, asked["inputs"], found.served, joined=found.joined)
+            return looks, shown.usage(found.usage.as_dict()), *code
         except Exception as error:
             return _failed(error, *code)
 
@@ -248,7 +266,7 @@ def _growing(root: Root, form: KindForm) -> Callable[..., AsyncIterator[Outputs]
         if not stream:
             yield await whole(request, name, *values)
             return
-        code: Outputs = "", ""
+        code: Outputs = _NO_CODE, _NO_CODE
         try:
             asked = form.body(values, stream=True)
             code = _snippets(root, request, name, asked)
@@ -284,18 +302,18 @@ def _side_by_side(root: Root) -> tuple[Any, Any]:
                 gr.CheckboxGroup(label="Tasks", elem_id="tasks", info="Those that take a text alone.")
             )
             run = gr.Button("Run all", variant="primary")
-    facts, answers = gr.HTML(), gr.HTML(elem_classes="out", min_height=120)
-    outputs = [answers, facts, *_code("The same request", "curl")]
+    facts, answers = gr.HTML(), gr.HTML(HINT, elem_classes="out", min_height=150)
+    outputs = [answers, facts, *_code("curl")]
     gr.on([run.click, text.submit], _together(root), [text, several], outputs, queue=False, show_progress="minimal")
     return text, several
 
 
 def _together(root: Root) -> Callable[..., Any]:
     async def run(request: gr.Request, text: str, names: list[str]) -> Outputs:
-        code = ""
+        code = _NO_CODE
         try:
             asked = {"inputs": [text], "tasks": names}
-            code = curl(_address(request) + "/predict", asked, keys=bool(root.table().keys))
+            code = _said(curl(_address(request) + "/predict", asked, keys=bool(root.table().keys)))
             outputs, usage, tasks = await ask_several(root, asked)
             return shown.side_by_side(outputs, text, tasks), shown.usage(usage.as_dict()), code
         except Exception as error:

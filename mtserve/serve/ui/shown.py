@@ -17,9 +17,13 @@ _COLOURS = 8
 _MOST_BARS = 24
 
 
-def prediction(answer: Any, inputs: Any, served: ServedTask) -> str:
-    """One prediction for one input, and the same as JSON, folded."""
-    return f'<div class="answer">{_shown(answer, inputs, served)}{_raw(answer)}</div>'
+def answered(prediction: Any, inputs: Any, served: ServedTask, *, joined: Any) -> str:
+    """One prediction for one input; folded beneath, the JSON that the route `joined` it to."""
+    looks = _shown(prediction, inputs, served)
+    said = escape(json.dumps(joined, ensure_ascii=False, indent=2))
+    opened = "" if looks else " open"
+    folded = f"<details{opened}><summary>Answer as JSON</summary><pre>{said}</pre></details>"
+    return f'<div class="answer">{looks}{folded}</div>'
 
 
 def _shown(answer: Any, inputs: Any, served: ServedTask) -> str:
@@ -95,17 +99,11 @@ def written(text: str, *, growing: bool = False) -> str:
     return f'<p class="written">{escape(text)}{"<i></i>" if growing else ""}</p>'
 
 
-def _raw(answer: Any) -> str:
-    said = json.dumps(answer, ensure_ascii=False, indent=2)
-    opened = "" if isinstance(answer, list | dict) else " open"
-    return f"<details{opened}><summary>Answer as JSON</summary><pre>{escape(said)}</pre></details>"
-
-
 def side_by_side(outputs: Mapping[str, Sequence[Any]], text: str, tasks: Mapping[str, ServedTask]) -> str:
     """A card a task."""
     cards = [
         f"<section><h3>{escape(name)} <small>{escape(tasks[name].task.kind.name)}</small></h3>"
-        f"{prediction(given[0], text, tasks[name])}</section>"
+        f"{answered(given[0], text, tasks[name], joined=given[0])}</section>"
         for name, given in outputs.items()
     ]
     return f'<div class="cards">{"".join(cards)}</div>'
@@ -140,14 +138,18 @@ def _count(number: int, one: str, several: str = "") -> str:
 
 
 def about(served: ServedTask) -> str:
-    """A line on a task: its kind, its labels, its trunk and its metrics."""
-    labels = served.task.kind.label_names(served.task.options)
-    metrics = {name: value for name, value in served.task.metrics.items() if name == served.task.kind.metric}
-    trunk = served.trunk
+    """A line on a task: its kind, its trunk, its metric and its labels."""
+    kind, trunk = served.task.kind, served.trunk
+    labels, metric = kind.label_names(served.task.options), served.task.metrics.get(kind.metric)
     said = [
-        served.task.kind.name.replace("_", " "),
-        f"labels: {', '.join(labels)}" if labels else "",
-        f"trunk {trunk.entry.family}, {trunk.in_force.profile} on {trunk.in_force.hardware.device}",
-        *(f"{name} {value:.3f} held out" for name, value in metrics.items() if isinstance(value, float)),
+        kind.name.replace("_", " "),
+        f"{trunk.entry.family} in {trunk.in_force.profile} on {trunk.in_force.hardware.device}",
+        *([f"{kind.metric} {metric:.3f} held out"] if isinstance(metric, float) else []),
+        *([f"labels: {', '.join(labels)}"] if labels else []),
     ]
-    return facts([one for one in said if one])
+    return f'<p class="quiet">{" · ".join(map(escape, said))}</p>'
+
+
+def hint(sentence: str) -> str:
+    """What stands where an answer will be."""
+    return f'<p class="quiet">{escape(sentence)}</p>'

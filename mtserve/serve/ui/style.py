@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 STYLE = """
-.gradio-container { max-width: 1120px !important; }
+.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+@media (max-width: 640px) { .gradio-container { padding: 8px !important; } .top { padding: 0 4px; } }
 .top { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 16px; }
 .top h1 { margin: 0; font-size: 1.6rem; }
-.top p { margin: 0; color: var(--body-text-color-subdued); }
+.top p { margin: 0; color: var(--body-text-color); opacity: 0.75; }
+.out { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 14px !important; }
+.out .out { border: 0; padding: 0 !important; }
 .out .answer, .out .problem { padding: 4px 0; }
-.quiet { color: var(--body-text-color-subdued); font-size: 0.9rem; margin: 6px 0 0; }
+.quiet { color: var(--body-text-color); opacity: 0.75; font-size: 0.9rem; margin: 6px 0 0; }
 .track {
   display: block; height: 10px; border-radius: 5px; background: var(--border-color-primary); overflow: hidden;
 }
@@ -16,12 +19,12 @@ STYLE = """
 .bars { list-style: none; margin: 0; padding: 0; }
 .bars li { display: grid; grid-template-columns: 1fr auto; gap: 2px 12px; margin: 0 0 10px; }
 .bars .name { overflow-wrap: anywhere; }
-.bars .value { font-variant-numeric: tabular-nums; color: var(--body-text-color-subdued); }
+.bars .value { font-variant-numeric: tabular-nums; color: var(--body-text-color); opacity: 0.75; }
 .bars .track { grid-column: 1 / -1; }
 .bars li:first-child .name { font-weight: 600; }
 .bars li:not(:first-child) .track > span { opacity: 0.55; }
 .score { font-size: 2.4rem; font-weight: 600; margin: 0 0 6px; font-variant-numeric: tabular-nums; }
-.scale { display: grid; grid-template-columns: 1fr auto; color: var(--body-text-color-subdued); font-size: 0.9rem; }
+.scale { display: grid; grid-template-columns: 1fr auto; font-size: 0.9rem; }
 .scale .track { grid-column: 1 / -1; margin-bottom: 4px; }
 .marked { font-size: 1.1rem; line-height: 2.3; margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
 .marked mark {
@@ -38,12 +41,12 @@ mark.c6 { background: #84cc1659; } mark.c7 { background: #f973164d; }
   background: var(--color-accent);
 }
 .facts { display: flex; flex-wrap: wrap; gap: 6px; list-style: none; margin: 0; padding: 0; font-size: 0.85rem; }
-.facts li {
-  padding: 2px 10px; border-radius: 999px; border: 1px solid var(--border-color-primary);
-  color: var(--body-text-color-subdued); overflow-wrap: anywhere;
+.facts li { margin: 0 !important;
+  padding: 2px 10px; border-radius: 12px; border: 1px solid var(--border-color-primary);
+  color: var(--body-text-color); opacity: 0.75; overflow-wrap: anywhere;
 }
 .answer details { margin-top: 10px; font-size: 0.85rem; }
-.answer summary { cursor: pointer; color: var(--body-text-color-subdued); }
+.answer summary { cursor: pointer; color: var(--body-text-color); opacity: 0.75; }
 .answer pre {
   overflow-x: auto; max-height: 260px; padding: 8px; border-radius: 6px;
   background: var(--background-fill-secondary);
@@ -56,5 +59,5 @@ mark.c6 { background: #84cc1659; } mark.c7 { background: #f973164d; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 16px; }
 .cards section { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 14px; min-width: 0; }
 .cards h3 { margin: 0 0 10px; font-size: 1rem; }
-.cards h3 small { font-weight: 400; color: var(--body-text-color-subdued); margin-left: 6px; }
+.cards h3 small { font-weight: 400; color: var(--body-text-color); opacity: 0.75; margin-left: 6px; }
 """

@@ -129,7 +129,6 @@ def make_service() -> Any:
 
         @bentoml.on_shutdown  # type: ignore[untyped-decorator]
         async def close(self) -> None:
-            await _close(playground)
             table = root.swap(None)
             if table is not None:
                 await asyncio.to_thread(table.model.close)
@@ -177,11 +176,6 @@ def _open(playground: Playground | None) -> None:
     """Several workers share a visitor's requests, so no answer can be read along there."""
     if playground is not None:
         playground.open(streams=MODEL_SOCKET not in os.environ)
-
-
-async def _close(playground: Playground | None) -> None:
-    if playground is not None:
-        await playground.close()
 
 
 def _fronted(root: Root, routes: ASGIApp) -> type[Any]:

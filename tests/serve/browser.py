@@ -71,8 +71,10 @@ class Visitor:
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found[0])
         found[0].click()
 
-    def pick(self, task: str) -> None:
+    def pick(self, task: str, kind: str) -> None:
+        """Choose a task, and wait for the form of its kind."""
         self.click("#task label", task)
+        self.one(f"#form-{kind}")
 
     def field(self, label: str) -> Any:
         """The input of a field, by its label; one without a label would not be found."""

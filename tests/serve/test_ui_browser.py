@@ -90,7 +90,7 @@ def asked(window: Visitor) -> tuple[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", sorted(TEXTS))
 def test_each_kind_answers_as_its_route_does(page: Visitor, server: str, tasks: dict[str, str], kind: str) -> None:
-    page.pick(tasks[kind])
+    page.pick(tasks[kind], kind)
     for label, text in TEXTS[kind].items():
         page.write(label, text)
     if kind == "generation":
@@ -117,7 +117,7 @@ def test_each_kind_answers_as_its_route_does(page: Visitor, server: str, tasks: 
 
 
 def test_parameters_are_of_the_request(page: Visitor, tasks: dict[str, str]) -> None:
-    page.pick(tasks["classification"])
+    page.pick(tasks["classification"], "classification")
     page.click("button", "Parameters")
     page.write("Top k", "2")
     page.click("button", "Run")
@@ -127,7 +127,7 @@ def test_parameters_are_of_the_request(page: Visitor, tasks: dict[str, str]) -> 
 
 
 def test_a_wrong_parameter_is_told_in_the_servers_words(page: Visitor, tasks: dict[str, str]) -> None:
-    page.pick(tasks["classification"])
+    page.pick(tasks["classification"], "classification")
     page.click("button", "Parameters")
     page.write("Threshold", "3")
     page.click("button", "Run")
@@ -157,7 +157,7 @@ def test_several_tasks_side_by_side(page: Visitor, server: str) -> None:
 
 
 def test_a_translation_is_read_along(page: Visitor, tasks: dict[str, str]) -> None:
-    page.pick(tasks["generation"])
+    page.pick(tasks["generation"], "generation")
     page.write("Text", TEXTS["generation"]["Text"])
     page.click("button", "Run")
     page.until(lambda: [one for one in page.all(".facts") if "ended by" in one.text], "the end of the stream")
@@ -199,9 +199,8 @@ def test_keys_are_asked_for_by_the_browser(locations: list[str], window: Visitor
 def test_several_workers_share_a_page(locations: list[str], window: Visitor, tmp_path: Path) -> None:
     with started(locations, tmp_path, MTSERVE_UI="true", MTSERVE_WORKERS="2") as (url, _, log):
         window.open(url + "/ui")
-        names = [task["name"] for task in httpx.get(url + "/tasks").json()["tasks"]]
-        for name in names:
-            window.pick(name)
+        for name, kind in [(task["name"], task["kind"]) for task in httpx.get(url + "/tasks").json()["tasks"]]:
+            window.pick(name, kind)
             window.click("button", "Run")
             window.until(lambda: asked(window)[0].endswith("/" + name), name)  # noqa: B023
             assert window.answer()

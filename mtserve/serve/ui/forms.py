@@ -60,7 +60,7 @@ class Field:
 
     def read(self, value: Any) -> Any:
         """What a request holds for a value of the form. Raises InputError for JSON that is none."""
-        if self.shape == "lines":
+        if self.shape == "lines" and isinstance(value, str | None):
             return [line for line in (value or "").splitlines() if line.strip()]
         if self.shape == "integer" and isinstance(value, float) and value.is_integer():
             return int(value)
@@ -74,7 +74,7 @@ class Field:
     def show(self, value: Any) -> Any:
         """The form's value for what a request holds."""
         if value is None:
-            return "" if self.shape in ("text", "lines", "json") else None
+            return "" if self.shape in ("text", "lines", "json", "choice") else None
         if self.shape == "lines":
             return "\n".join(value)
         return json.dumps(value, ensure_ascii=False) if self.shape == "json" else value

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -31,6 +32,7 @@ _OPEN = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/(assets|static|svelte)/[\w./-]+"
     r"|/gradio_api/(run/predict|queue/join|queue/data|cancel|reset|info|heartbeat/\w+)"
 )
+_SESSIONS = 200  # of which Gradio keeps what it changed in their pages
 _MANIFEST, _ICON = re.compile(rb'<link rel="manifest"[^>]*>'), b'<link rel="icon" href="data:,">'
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -43,35 +45,29 @@ class Playground:
 
     def __init__(self, root: Root) -> None:
         self._root = root
-        self._app: ASGIApp | None = None
-        self._started: asyncio.Future[None] | None = None
-        self._stop: Any = None
+        self._app: Any = None
+        self._page: Any = None
+        self._started = False
 
     def open(self, *, streams: bool = True) -> None:
         """Make the page; `streams` is whether one process serves all of a visitor's requests."""
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "True"
+        with ThreadPoolExecutor(1) as apart:  # where no event loop runs, Gradio would leave one behind
+            apart.submit(asyncio.run, self._make(streams=streams)).result()
+
+    async def _make(self, *, streams: bool) -> None:
         import gradio
         from fastapi import FastAPI
 
         from mtserve.serve.ui.page import make_page
 
         page = make_page(self._root, streams=streams).queue(default_concurrency_limit=None)
-        outer = FastAPI(openapi_url=None)
-        gradio.mount_gradio_app(
-            outer,
-            page,
-            path=PATH,
-            css=STYLE,
-            theme=_theme(),
-            footer_links=[],
-            run_history=False,
-            mcp_server=False,
-            ssr_mode=False,
-            show_error=False,
-            enable_monitoring=False,
-        )
-        self._app, self._lifespan = outer, outer.router.lifespan_context(outer)
+        page.state_session_capacity = _SESSIONS
+        self._app, self._page = FastAPI(openapi_url=None), page
+        off: dict[str, Any] = {"run_history": False, "mcp_server": False, "ssr_mode": False, "enable_monitoring": False}
+        look: dict[str, Any] = {"css": STYLE, "theme": _theme(), "footer_links": []}
+        gradio.mount_gradio_app(self._app, page, path=PATH, show_error=False, **look, **off)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange().route = PATH
@@ -97,22 +93,15 @@ class Playground:
         else:
             await app(scope, receive, _guarded(send))
 
-    async def _ready(self) -> ASGIApp:
-        """Gradio's app, with what it starts in the event loop."""
+    async def _ready(self) -> Any:
+        """Gradio's app, with the queue that it starts in the event loop."""
         if self._app is None:
             self.open()
-        if self._started is None:
-            self._started = asyncio.ensure_future(self._lifespan.__aenter__())
-        await self._started
-        assert self._app is not None
+        if not self._started:
+            self._started = True
+            self._page.run_startup_events()
+            await self._page.run_extra_startup_events()
         return self._app
-
-    async def close(self) -> None:
-        """End what runs for it in the event loop."""
-        if self._started is not None:
-            started, self._started = self._started, None
-            await started
-            await self._lifespan.__aexit__(None, None, None)
 
     async def _limited(self, scope: Scope, receive: Receive) -> Receive:
         """What gives the request's body again, read whole. Raises TooLargeError."""
@@ -149,6 +138,7 @@ async def _rewritten(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -
     async def held(message: Message) -> None:
         if message["type"] == "http.response.start":
             start.update(message)
+        if message["type"] != "http.response.body":
             return
         parts.append(message.get("body", b""))
         if not message.get("more_body"):

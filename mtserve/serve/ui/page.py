@@ -8,6 +8,7 @@ answers come whole.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
@@ -33,6 +34,8 @@ HEAD = (
 HINT = shown.hint("The answer comes here.")
 STREAM = "Read along"
 Outputs = tuple[Any, ...]
+_RAW: dict[str, Any] = {"preprocess": False}  # what a visitor sends is for the table and the task to judge
+_QUIET: dict[str, Any] = {**_RAW, "queue": False, "show_progress": "hidden"}
 _NO_CODE = {"__type__": "update", "visible": False}
 
 
@@ -65,22 +68,23 @@ def make_page(root: Root, *, streams: bool) -> gr.Blocks:
         gr.HTML(HEAD)
         with gr.Tabs():
             with gr.Tab("One task"):
-                picker = _any_choice(gr.Radio(label="Task", elem_id="task"))
+                picker = gr.Radio(label="Task", elem_id="task")
                 about = gr.HTML()
                 forms = [_kind_form(root, picker, kind, streams=streams) for kind in KINDS.values()]
             with gr.Tab("Several tasks, one text"):
                 text, several = _side_by_side(root)
         columns, inputs = [form.column for form in forms], [one for form in forms for one in form.inputs]
         found = [picker, about, *columns, several, text, *inputs]
-        page.load(_loaded(root, forms), None, found, queue=False, show_progress="hidden")
-        picker.input(_picked(root, forms), picker, [about, *columns], queue=False, show_progress="hidden")
+        page.load(_loaded(root, forms), None, found, **_QUIET)
+        picker.input(_picked(root, forms), picker, [about, *columns], **_QUIET)
+        before = [one for form in forms for one in form.outputs]  # in the browser: nothing may come after an answer
+        picker.input(None, None, before, js=f"() => {json.dumps([*_nothing()] * len(forms))}", queue=False)
     return page
 
 
-def _any_choice(picker: Any) -> Any:
-    """Let a choice through that was none when the page was made: which tasks there are, the table knows."""
-    picker.preprocess = lambda chosen: chosen
-    return picker
+def _nothing() -> Outputs:
+    """What a form's outputs are before anything was asked."""
+    return HINT, "", _NO_CODE, _NO_CODE
 
 
 def _loaded(root: Root, forms: Sequence[KindForm]) -> Callable[[gr.Request], Outputs]:
@@ -168,6 +172,7 @@ def _kind_form(root: Root, picker: Any, kind: AnyKind, *, streams: bool) -> Kind
     form = KindForm(kind, example, parameters, column, inputs, outputs)
     again = "once" if along else "always_last"  # a click meanwhile is not lost
     asked = {
+        **_RAW,
         "trigger_mode": again,
         "inputs": [picker, *flag, *inputs],
         "outputs": outputs,
@@ -178,7 +183,7 @@ def _kind_form(root: Root, picker: Any, kind: AnyKind, *, streams: bool) -> Kind
     event = gr.on(began, _growing(root, form) if along else _whole(root, form), **asked)
     for one in stop:
         one.click(None, cancels=[event], queue=False)
-    sample.click(_sampled(root, form), picker, inputs, queue=False, show_progress="hidden")
+    sample.click(_sampled(root, form), picker, inputs, **_QUIET)
     return form
 
 
@@ -298,13 +303,19 @@ def _side_by_side(root: Root) -> tuple[Any, Any]:
         with gr.Column(min_width=300):
             text = gr.Textbox(label="Text", lines=3, elem_id="shared-text")
         with gr.Column(min_width=300):
-            several = _any_choice(
-                gr.CheckboxGroup(label="Tasks", elem_id="tasks", info="Those that take a text alone.")
-            )
+            several = gr.CheckboxGroup(label="Tasks", elem_id="tasks", info="Those that take a text alone.")
             run = gr.Button("Run all", variant="primary")
     facts, answers = gr.HTML(), gr.HTML(HINT, elem_classes="out", min_height=150)
     outputs = [answers, facts, *_code("curl")]
-    gr.on([run.click, text.submit], _together(root), [text, several], outputs, queue=False, show_progress="minimal")
+    gr.on(
+        [run.click, text.submit],
+        _together(root),
+        [text, several],
+        outputs,
+        queue=False,
+        show_progress="minimal",
+        **_RAW,
+    )
     return text, several
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 STYLE = """
-.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1120px !important; width: 100%; margin: 0 auto !important; --quiet: #536179; }
+.dark .gradio-container, .gradio-container.dark { --quiet: #a8b3c7; }
+.gradio-container { --block-info-text-color: var(--quiet); --block-label-text-color: var(--quiet); }
+.gradio-container main, .gradio-container .wrap.sidebar-parent, .gradio-container .contain { width: 100%; }
 @media (max-width: 640px) { .gradio-container { padding: 8px !important; } .top { padding: 0 4px; } }
 .top { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 16px; }
 .top h1 { margin: 0; font-size: 1.6rem; }
-.top p { margin: 0; color: var(--body-text-color); opacity: 0.75; }
+.top p { margin: 0; color: var(--quiet); }
 .out { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 14px !important; }
 .out .out { border: 0; padding: 0 !important; }
 .out .answer, .out .problem { padding: 4px 0; }
-.quiet { color: var(--body-text-color); opacity: 0.75; font-size: 0.9rem; margin: 6px 0 0; }
+.quiet { color: var(--quiet); font-size: 0.9rem; margin: 6px 0 0; }
 .track {
   display: block; height: 10px; border-radius: 5px; background: var(--border-color-primary); overflow: hidden;
 }
@@ -19,7 +22,7 @@ STYLE = """
 .bars { list-style: none; margin: 0; padding: 0; }
 .bars li { display: grid; grid-template-columns: 1fr auto; gap: 2px 12px; margin: 0 0 10px; }
 .bars .name { overflow-wrap: anywhere; }
-.bars .value { font-variant-numeric: tabular-nums; color: var(--body-text-color); opacity: 0.75; }
+.bars .value { font-variant-numeric: tabular-nums; color: var(--quiet); }
 .bars .track { grid-column: 1 / -1; }
 .bars li:first-child .name { font-weight: 600; }
 .bars li:not(:first-child) .track > span { opacity: 0.55; }
@@ -43,10 +46,10 @@ mark.c6 { background: #84cc1659; } mark.c7 { background: #f973164d; }
 .facts { display: flex; flex-wrap: wrap; gap: 6px; list-style: none; margin: 0; padding: 0; font-size: 0.85rem; }
 .facts li { margin: 0 !important;
   padding: 2px 10px; border-radius: 12px; border: 1px solid var(--border-color-primary);
-  color: var(--body-text-color); opacity: 0.75; overflow-wrap: anywhere;
+  color: var(--quiet); overflow-wrap: anywhere;
 }
 .answer details { margin-top: 10px; font-size: 0.85rem; }
-.answer summary { cursor: pointer; color: var(--body-text-color); opacity: 0.75; }
+.answer summary { cursor: pointer; color: var(--quiet); }
 .answer pre {
   overflow-x: auto; max-height: 260px; padding: 8px; border-radius: 6px;
   background: var(--background-fill-secondary);
@@ -59,5 +62,5 @@ mark.c6 { background: #84cc1659; } mark.c7 { background: #f973164d; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 16px; }
 .cards section { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 14px; min-width: 0; }
 .cards h3 { margin: 0 0 10px; font-size: 1rem; }
-.cards h3 small { font-weight: 400; color: var(--body-text-color); opacity: 0.75; margin-left: 6px; }
+.cards h3 small { font-weight: 400; color: var(--quiet); margin-left: 6px; }
 """

@@ -16,7 +16,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mtserve.errors import MtserveError
+from mtserve.errors import MtserveError, UnauthorizedError
 from mtserve.serve import replies
 from mtserve.serve.access import access
 from mtserve.serve.exchange import Exchange, opened
@@ -74,8 +74,8 @@ class Front:
                 try:
                     self._admit(path, headers)
                 except MtserveError as error:
-                    asked = BASIC if self._for_browsers(path) else None
-                    await replies.failure(error, headers=asked)(scope, receive, told)
+                    keyless = isinstance(error, UnauthorizedError) and self._for_browsers(path)
+                    await replies.failure(error, headers=BASIC if keyless else None)(scope, receive, told)
                 else:
                     app = self._routes if path.startswith(STRAIGHT) else self._app
                     await app(scope, receive, told)

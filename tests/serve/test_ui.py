@@ -341,9 +341,10 @@ def test_an_answer_grows_on_the_page(stream: Visit) -> None:
     values = ["forth", True, served.example()["inputs"], *forms.show(free, {})]
     messages = stream.follow(run, values)
     assert messages[-1]["msg"] == "process_completed"
-    assert len([one for one in messages if one["msg"] == "process_generating"]) > 2
+    growing = [one["output"]["data"] for one in messages if one["msg"] == "process_generating"]
+    assert len(growing) > 2
     whole = stream.client.post(served.url, json=served.example()).json()[0]["generated_text"]
-    answer, facts, curl, python = messages[-1]["output"]["data"]
+    (answer, facts, _, _), (_, _, curl, python) = messages[-1]["output"]["data"], growing[0]
     assert f">{whole}<" in answer
     assert "ended by" in facts
     assert curl["value"].startswith("curl -N ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import re
@@ -263,6 +264,12 @@ def test_the_page_is_let_through_and_little_else(visit: Visit) -> None:
     error(visit.client.get("/uix"), 404, "not_found")
     error(visit.client.get("/nothing"), 404, "not_found")
     error(visit.client.get("/predict"), 405, "method_not_allowed")
+    error(visit.client.get("/ui/gradio_api/run/predict"), 405, "method_not_allowed")
+    error(visit.client.options("/ui/", headers={"Origin": "https://elsewhere.example"}), 405, "method_not_allowed")
+    framed = visit.client.get("/ui/config", headers={"Origin": "https://elsewhere.example"})
+    assert not [name for name in framed.headers if name.startswith("access-control")]
+    sent = visit.client.post("/ui/gradio_api/run/predict", content="{}", headers={"Content-Type": "text/plain"})
+    error(sent, 400, "bad_request")
     large = {"data": ["x" * 200_000], "fn_index": 0, "session_hash": "s"}
     error(visit.client.post("/ui/gradio_api/run/predict", json=large), 413, "too_large")
 
@@ -353,7 +360,26 @@ def test_an_answer_grows_on_the_page(stream: Visit) -> None:
     assert whole in stream.follow(run, values)[-1]["output"]["data"][0]
 
 
-def test_stopping_gives_the_answer_up(stream: Visit) -> None:
+async def left(app: Any, session: str) -> None:
+    """Follow a stream as a browser does that closes its page."""
+    begun: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        while not any(b"process_generating" in message.get("body", b"") for message in begun):
+            await asyncio.sleep(0.02)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        begun.append(message)
+
+    path, query = "/ui/gradio_api/queue/data", f"session_hash={session}".encode()
+    scope = {"type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": query}
+    around = {"headers": [(b"host", b"testserver")], "scheme": "http", "http_version": "1.1", "root_path": ""}
+    await app({**scope, **around, "client": ("tests", 1), "server": ("testserver", 80)}, receive, send)
+
+
+@pytest.mark.parametrize("how", ["stop", "leave"])
+def test_stopping_or_leaving_gives_the_answer_up(stream: Visit, how: str) -> None:
     ended: list[str] = []
 
     class Endless:
@@ -363,11 +389,10 @@ def test_stopping_gives_the_answer_up(stream: Visit) -> None:
             pass
 
         async def stream(self, asked: Any, items: Any, *, timeout_s: float) -> AsyncGenerator[Any, None]:
-            import asyncio
-
             try:
-                yield {"index": 1, "token": {"text": "on"}}
-                await asyncio.sleep(60)
+                for index in range(100_000):
+                    yield {"index": index, "token": {"text": "on"}}
+                    await asyncio.sleep(0.05)
             finally:
                 ended.append("given up")
 
@@ -376,12 +401,16 @@ def test_stopping_gives_the_answer_up(stream: Visit) -> None:
     try:
         run = stream.run("generation")
         data = ["forth", True, "x", *forms.show(forms.fields(KINDS["generation"].parameters), {})]
-        body = {"data": data, "fn_index": run["id"], "session_hash": "stop"}
+        body = {"data": data, "fn_index": run["id"], "session_hash": how}
         joined = stream.client.post("/ui/gradio_api/queue/join", json=body).json()
         time.sleep(0.5)
         assert not ended
-        stop = {"session_hash": "stop", "fn_index": run["id"], "event_id": joined["event_id"]}
-        assert stream.client.post("/ui/gradio_api/cancel", json=stop).status_code == 200
+        if how == "stop":
+            stop = {"session_hash": how, "fn_index": run["id"], "event_id": joined["event_id"]}
+            assert stream.client.post("/ui/gradio_api/cancel", json=stop).status_code == 200
+        else:
+            assert stream.client.portal is not None
+            stream.client.portal.call(left, stream.client.app, how)
         end = time.monotonic() + 10
         while not ended and time.monotonic() < end:
             stream.client.get("/livez")

@@ -2,7 +2,8 @@
 
 Gradio's app has routes for files, uploads, proxies, logins and more, none of which this page needs. So only the paths
 of `_OPEN` reach it; all others are unknown here. Bodies are read under the server's own limit, and an answer that
-nobody waits for is given up. A header tells browsers to load nothing from elsewhere; no other page may frame this one.
+nobody waits for is given up. A header tells browsers to load nothing from elsewhere; no other page may frame this one
+or ask in its name.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mtserve.errors import MtserveError, UnknownRouteError
+from mtserve.errors import MethodError, MtserveError, RequestError, UnknownRouteError
 from mtserve.serve import replies
 from mtserve.serve.body import read
 from mtserve.serve.exchange import exchange
@@ -29,9 +30,9 @@ from mtserve.serve.ui import PATH
 from mtserve.serve.ui.style import STYLE
 
 _OPEN = re.compile(
-    r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/(assets|static|svelte)/[\w./-]+"
-    r"|/gradio_api/(run/predict|queue/join|queue/data|cancel|reset|info|heartbeat/\w+)"
+    r"/|/config|/theme\.css|/(assets|static|svelte)/[\w./-]+|/gradio_api/(run/predict|queue/join|queue/data|cancel|reset)"
 )
+_ASKING = frozenset(f"/gradio_api/{name}" for name in ("run/predict", "queue/join", "cancel", "reset"))
 _SESSIONS = 200  # of which Gradio keeps what it changed in their pages
 _MANIFEST, _ICON = re.compile(rb'<link rel="manifest"[^>]*>'), b'<link rel="icon" href="data:,">'
 _POLICY = (
@@ -76,22 +77,17 @@ class Playground:
             await RedirectResponse(PATH.removeprefix("/") + "/")(scope, receive, send)
             return
         try:
-            if not _OPEN.fullmatch(path) or ".." in path:
-                raise UnknownRouteError(f"no route {scope['path']}")
+            _check(scope, path)
             receive = await self._limited(scope, receive)
         except MtserveError as error:
             await replies.failure(error)(scope, receive, send)
             return
         except ClientDisconnect:
             return
-        app = await self._ready()
-        if path == "/":
-            await _rewritten(app, scope, receive, _guarded(send))
-            return
-        if path == "/gradio_api/run/predict":
-            await _while_connected(app, scope, receive, _guarded(send))
-        else:
-            await app(scope, receive, _guarded(send))
+        dropped = {b"origin", b"accept-encoding" if path == "/" else b""}  # CORS is off; the page is to be read here
+        scope = {**scope, "headers": [(name, value) for name, value in scope["headers"] if name not in dropped]}
+        how = {"/": _rewritten, "/gradio_api/run/predict": _while_connected}.get(path, _plainly)
+        await how(await self._ready(), scope, receive, _guarded(send))
 
     async def _ready(self) -> Any:
         """Gradio's app, with the queue that it starts in the event loop."""
@@ -115,6 +111,23 @@ class Playground:
         return again
 
 
+def _check(scope: Scope, path: str) -> None:
+    """Raise RequestError (a kind of it) for what the page does not ask. What other pages may send here without being
+    asked by the browser first is no JSON, so they can send nothing."""
+    if not _OPEN.fullmatch(path) or ".." in path:
+        raise UnknownRouteError(f"no route {scope['path']}")
+    allowed = ("POST",) if path in _ASKING else ("GET", "HEAD")
+    if scope["method"] not in allowed:
+        raise MethodError(f"{scope['method']} is not possible here; allowed: {', '.join(allowed)}")
+    kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
+    if path in _ASKING and kind != "application/json":
+        raise RequestError(f"the body must be application/json; found {kind or 'no type'}")
+
+
+async def _plainly(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    await app(scope, receive, send)
+
+
 async def _while_connected(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     """Give up what is asked when the browser leaves; only we listen for that."""
     body = await receive()
@@ -131,7 +144,6 @@ async def _while_connected(app: ASGIApp, scope: Scope, receive: Receive, send: S
 async def _rewritten(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     """The page without its link to a manifest at the root of the host, which is not its own; and with an empty icon,
     since browsers look for one there too."""
-    plain = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]
     start: Message = {}
     parts: list[bytes] = []
 
@@ -147,7 +159,7 @@ async def _rewritten(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -
             await send(start)
             await send({"type": "http.response.body", "body": page})
 
-    await app({**scope, "headers": plain}, receive, held)
+    await app(scope, receive, held)
 
 
 def _guarded(send: Send) -> Send:

@@ -7,7 +7,8 @@ STYLE = """
 .dark .gradio-container, .gradio-container.dark { --quiet: #a8b3c7; }
 .gradio-container { --block-info-text-color: var(--quiet); --block-label-text-color: var(--quiet); }
 .gradio-container main, .gradio-container .wrap.sidebar-parent, .gradio-container .contain { width: 100%; }
-@media (max-width: 640px) { .gradio-container { padding: 8px !important; } .top { padding: 0 4px; } }
+@media (max-width: 640px) { .gradio-container main { padding: 12px !important; } }
+.cm-gutters { display: none !important; }
 .top { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 16px; }
 .top h1 { margin: 0; font-size: 1.6rem; }
 .top p { margin: 0; color: var(--quiet); }

@@ -451,3 +451,9 @@ def test_a_key_is_the_password_of_the_page(table: TaskTable, assets: Path) -> No
         assert "bars" in answer
         assert "$MTSERVE_API_KEY" in curl["value"]
         assert KEY not in curl["value"] + python["value"]
+
+
+def test_behind_a_proxy_the_page_asks_the_proxy(visit: Visit) -> None:
+    assert visit.config["root"] == "http://testserver/ui"
+    seen = {"X-Forwarded-Host": "models.example", "X-Forwarded-Proto": "https"}
+    assert visit.client.get("/ui/config", headers=seen).json()["root"] == "https://models.example/ui"

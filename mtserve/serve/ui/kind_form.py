@@ -51,7 +51,7 @@ def kind_form(root: Root, picker: Any, kind: AnyKind, *, streams: bool) -> KindF
     with gr.Column(visible=False, elem_id=f"form-{kind.name}") as column:
         with gr.Row(elem_classes="ask"):
             with gr.Column(min_width=300):
-                inputs = [component(field) for field in example]
+                inputs = [component(field, lines=2) for field in example]
                 if parameters:
                     with gr.Accordion("Parameters", open=False):
                         inputs += [component(field) for field in parameters]

@@ -24,8 +24,8 @@ def nothing() -> Outputs:
     return HINT, "", NO_CODE, NO_CODE
 
 
-def component(field: Field) -> Any:
-    """The part of a form for a field."""
+def component(field: Field, *, lines: int = 1) -> Any:
+    """The part of a form for a field; a text has room for so many lines."""
     about = {"label": field.label, "info": field.about or None}
     match field.shape:
         case "flag":
@@ -40,7 +40,7 @@ def component(field: Field) -> Any:
         case "lines":
             return gr.Textbox(lines=3, **about)
         case _:
-            return gr.Textbox(lines=2 if field.required else 1, **about)
+            return gr.Textbox(lines=lines, **about)
 
 
 def code_boxes(*names: str) -> list[gr.Code]:

@@ -28,7 +28,7 @@ TEXTS = {
         "Question": "What do you open when it starts to rain?",
         "Choices": "an umbrella\na tin of soup\na book",
     },
-    "token_classification": {"Text": "Amina Yusuf flew from Nairobi to Geneva to see Dr Lund."},
+    "token_classification": {"Text": "Ana Silva moved from Porto to Oslo"},
     "generation": {"Text": "I do not know where he has gone."},
 }
 

@@ -146,8 +146,7 @@ def test_a_form_has_a_field_of_its_type_for_everything() -> None:
 def test_only_what_was_changed_is_sent() -> None:
     form = forms.fields(Strange)
     untouched = forms.show(form, {"title": "x"})
-    assert forms.read(form, untouched) == {"title": "x", "either": 3} or forms.read(form, untouched) == {"title": "x"}
-    assert Strange(**forms.read(form, untouched)) == Strange(title="x")
+    assert forms.read(form, untouched) == {"title": "x"}
     filled = ["t", "n", "one\n\n two \n", 0.25, 4.0, True, False, "b", '{"depth": 2}', '"s"']
     found = forms.read(form, filled)
     assert found == {

@@ -54,9 +54,7 @@ class Field:
 
     def given(self, value: Any) -> bool:
         """Whether a value of the form is to be sent."""
-        if self.shape == "text":
-            return self.required or bool(value)
-        return self.required or (value is not None and value != "" and value != self.default)
+        return self.required or (value is not None and value != "" and value != self.show(self.default))
 
     def read(self, value: Any) -> Any:
         """What a request holds for a value of the form. Raises InputError for JSON that is none."""

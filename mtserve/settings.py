@@ -71,6 +71,7 @@ class Settings(BaseSettings):
         "they go with the server.",
     )
     max_head_bytes: int = Field(default=256 * 2**20, ge=1, description="Largest head that may come; then 413.")
+    ui: bool = Field(default=False, description="Whether the playground is at /ui; needs the extra `ui`.")
 
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="What computes; auto is the GPU where there is one."

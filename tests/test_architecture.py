@@ -47,6 +47,8 @@ LAYERS: list[set[str]] = [
 ]
 ONLY_IN = {
     "bentoml": {"serve", "elsewhere"},
+    "fastapi": {"serve"},
+    "gradio": {"serve"},
     "prometheus_client": {"serve"},
     "starlette": {"serve"},
     "onnx": {"export"},
@@ -113,6 +115,8 @@ def test_heavy_packages_stay_where_they_belong(package: str) -> None:
     for component, path in modules("mtserve"):
         if any(name.split(".")[0] == package for name in imports(path)):
             assert component in ONLY_IN[package], f"{path.relative_to(ROOT)} imports {package}"
+            if package in {"fastapi", "gradio"}:
+                assert path.parent == ROOT / "mtserve/serve/ui", path
 
 
 def test_nothing_unpickles_or_trusts_remote_code() -> None:

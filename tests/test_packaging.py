@@ -37,7 +37,7 @@ def test_what_is_installed_for_development_is_pinned() -> None:
     assert "torch==2.13.0" in pins
     extras = PROJECT["optional-dependencies"]
     wanted = names(PROJECT["dependencies"]).union(
-        *(names(extras[e]) for e in ("torch", "serve", "train", "onnx", "export", "score", "dev"))
+        *(names(extras[e]) for e in ("torch", "serve", "train", "onnx", "export", "score", "ui", "dev"))
     )
     assert wanted - {"mtserve"} <= names(pins)
 

@@ -86,6 +86,12 @@ def _counted(table: TaskTable, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(task for some in each for task in some))
 
 
+def note_inputs(table: TaskTable, body: Mapping[str, Any]) -> None:
+    """Write a request's inputs down for the log, where it is to have them."""
+    if table.settings.log_texts:
+        exchange().inputs = body["inputs"]
+
+
 def _names(tasks: Any) -> list[str]:
     """The `tasks` of a request. Raises InputError."""
     if not isinstance(tasks, list) or not tasks or not all(isinstance(name, str) for name in tasks):

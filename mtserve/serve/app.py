@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,11 +11,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Match, Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
 
 from mtserve.errors import MethodError, UnknownRouteError
 from mtserve.serve import replies
 from mtserve.serve.admin import admin_routes
-from mtserve.serve.answering import answer_task, answer_tasks, stream_task
+from mtserve.serve.answering import answer_task, answer_tasks, note_inputs, stream_task
 from mtserve.serve.body import read_object
 from mtserve.serve.docs_page import PAGE
 from mtserve.serve.exchange import exchange
@@ -31,8 +30,8 @@ TASK_FIELDS = ("inputs", "parameters", "stream")
 PREDICT_FIELDS = ("inputs", "tasks", "parameters")
 
 
-def make_app(root: Root, *, assets: Path) -> Starlette:
-    """All routes; `assets` is a folder with the files of Swagger UI."""
+def make_app(root: Root, *, assets: Path, playground: ASGIApp | None = None) -> Starlette:
+    """All routes; `assets` is a folder with the files of Swagger UI, `playground` what answers under /ui, if any."""
 
     async def openapi(request: Request) -> Response:
         return JSONResponse(document(root.table(), url=str(request.base_url).rstrip("/")))
@@ -50,7 +49,7 @@ def make_app(root: Root, *, assets: Path) -> Starlette:
     async def predict(request: Request) -> Response:
         table = root.table()
         body = await read_object(request, table.settings, fields=PREDICT_FIELDS)
-        _note_inputs(table, body)
+        note_inputs(table, body)
         asked = answer_tasks(
             table, inputs=body["inputs"], tasks=body.get("tasks"), parameters=body.get("parameters", {})
         )
@@ -71,6 +70,8 @@ def make_app(root: Root, *, assets: Path) -> Starlette:
         *v2_routes(root),
         *admin_routes(root),
     ]
+    if playground is not None:
+        routes += [Route("/ui", playground), Route("/ui/{path:path}", playground)]
 
     async def other(request: Request) -> Response:
         """Whatever no route takes: another method of a known path, or an unknown path."""
@@ -108,18 +109,13 @@ async def _answered(request: Request, table: TaskTable) -> Response:
     exchange().tasks = (served.name,)
     table.model.refuse(served.key)
     body = await read_object(request, table.settings, fields=TASK_FIELDS)
-    _note_inputs(table, body)
+    note_inputs(table, body)
     asked = (table, served, body["inputs"], body.get("parameters", {}))
     if not body.get("stream"):
         return replies.answer(*await while_connected(request, answer_task(*asked)))
     events = stream_task(*asked)
     first = await while_connected(request, anext(events))  # until then, an error is an ordinary response
     return replies.EventStream(first, events, failed=partial(failed, request))
-
-
-def _note_inputs(table: TaskTable, body: Mapping[str, Any]) -> None:
-    if table.settings.log_texts:
-        exchange().inputs = body["inputs"]
 
 
 async def _asset_failure(request: Request, error: Exception) -> Response:

@@ -1,8 +1,9 @@
 """What every request passes first, whatever its route: an ASGI app around the whole service. Knows no task.
 
 In order: an id; for all but the probes an API key, where keys are set (so a route that is added later needs one too),
-under /admin a key of its own; no new request while the server drains. On the way out: the id as a header, a line of the
-access log, metrics and spans.
+under /admin a key of its own, and on the playground's paths also as the password of HTTP Basic, since a browser can
+send no other; no new request while the server drains. On the way out: the id as a header, a line of the access log,
+metrics and spans.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mtserve.errors import MtserveError
+from mtserve.errors import MtserveError, UnauthorizedError
 from mtserve.serve import replies
 from mtserve.serve.access import access
 from mtserve.serve.exchange import Exchange, opened
+from mtserve.serve.keys import password
 from mtserve.serve.table import Root
+from mtserve.serve.ui import PATH
 
 PROBES = frozenset({"/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"})
 ADMIN = "/admin/"
-STRAIGHT = ("/predict", "/tasks", "/v2", ADMIN)
+STRAIGHT = ("/predict", "/tasks", "/v2", ADMIN, PATH)
 METRICS = "/metrics"
+BASIC = {"WWW-Authenticate": 'Basic realm="mtserve", charset="UTF-8"'}
 
 
 class Front:
@@ -78,7 +82,8 @@ class Front:
                 try:
                     self._admit(path, headers)
                 except MtserveError as error:
-                    await replies.failure(error)(scope, receive, told)
+                    keyless = isinstance(error, UnauthorizedError) and self._for_browsers(path)
+                    await replies.failure(error, headers=BASIC if keyless else None)(scope, receive, told)
                 else:
                     app = self._routes if path.startswith(STRAIGHT) else self._app
                     await app(scope, receive, told)
@@ -97,9 +102,15 @@ class Front:
         if path.startswith(ADMIN) and table.admin_keys:
             table.admin_keys.check(headers.get("authorization"), headers.get("x-api-key"))
         elif not (path == METRICS and table.settings.open_metrics):
-            table.keys.check(headers.get("authorization"), headers.get("x-api-key"))
+            given = headers.get("authorization")
+            typed = password(given) if self._for_browsers(path) else None
+            table.keys.check(given, typed or headers.get("x-api-key"))
         if path != METRICS:
             self._root.drain.refuse()
+
+    def _for_browsers(self, path: str) -> bool:
+        """Whether a key may come as a password that a browser asked for: on the playground's paths alone."""
+        return self._root.table().settings.ui and (path == PATH or path.startswith(PATH + "/"))
 
     def _end(self, scope: Scope, exchange: Exchange, *, status: int, sent: int, seconds: float) -> None:
         if self._ended is not None:

@@ -6,6 +6,7 @@ A file may hold digests in place of keys.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import re
@@ -61,6 +62,17 @@ class Keys:
 
 def _digests(keys: Iterable[SecretStr], where: str) -> list[bytes]:
     return [_digest(key.get_secret_value(), where, at) for at, key in enumerate(keys, 1)]
+
+
+def password(authorization: str | None) -> str | None:
+    """The password of HTTP Basic (RFC 7617), whatever the name before it; None where it is none."""
+    scheme, _, encoded = (authorization or "").partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    try:
+        return base64.b64decode(encoded.strip(), validate=True).decode("utf-8").partition(":")[2] or None
+    except ValueError:
+        return None
 
 
 def _from_file(path: Path) -> list[bytes]:

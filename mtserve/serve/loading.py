@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from mtserve.checkpoint import Checkpoint
-from mtserve.errors import ConfigError
+from mtserve.errors import ConfigError, MissingExtraError
 from mtserve.loading import reproduced
 from mtserve.manifest import check_task_name
 from mtserve.observer import Observer
@@ -84,10 +85,12 @@ def check_settings(settings: Settings) -> list[Checkpoint]:
     """Open what is to be served and see that the settings go with it, without reading weights.
 
     Raises what `open_checkpoints` raises; ConfigError for keys that cannot be read, weights of no task, and limits that
-    are below the longest row of a task.
+    are below the longest row of a task; MissingExtraError for a playground without Gradio.
     """
     checkpoints = open_checkpoints(settings.model)
     Keys.of(settings)
+    if settings.ui and find_spec("gradio") is None:
+        raise MissingExtraError("the playground (MTSERVE_UI)", "ui")
     tasks = {task.name: task.parsed_options.max_length for each in checkpoints for task in each.manifest.tasks}
     if unknown := sorted(set(settings.weights) - set(tasks)):
         raise ConfigError(f"MTSERVE_WEIGHTS: no task {unknown[0]!r}; tasks: {', '.join(tasks)}")

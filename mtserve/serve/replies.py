@@ -64,7 +64,7 @@ def failure(error: MtserveError, *, headers: dict[str, str] | None = None) -> JS
     content = {"error": message if now.plain else told}
     extra = {"X-Error-Message": header_safe(message), **(headers or {})}
     if isinstance(error, UnauthorizedError):
-        extra["WWW-Authenticate"] = "Bearer"
+        extra.setdefault("WWW-Authenticate", "Bearer")
     if isinstance(error, OverloadedError):
         extra["Retry-After"] = str(error.retry_after_s)
     return JSONResponse(content, status_code=error.status, headers=extra)

@@ -36,6 +36,7 @@ from mtserve.serve.process import follow
 from mtserve.serve.remote import wait_for_facts
 from mtserve.serve.supervision import give_up, refuse, supervise
 from mtserve.serve.table import Root, TaskTable
+from mtserve.serve.ui.mounted import Playground
 from mtserve.settings import Settings, read_settings
 from mtserve.share import wait_briefly
 
@@ -117,6 +118,7 @@ def make_service() -> Any:
             except SetupError as error:
                 give_up(error)
                 raise
+            _open(playground)
             access.setLevel(logging.INFO if found.access_log else logging.WARNING)
             root.swap(table)
             root.drain.hold_back_sigterm(found.grace_s)
@@ -157,7 +159,9 @@ def make_service() -> Any:
             """As GET /tasks, for BentoML's clients."""
             return root.table().listing()
 
-    routes = make_app(root, assets=Path(bentoml_server.__file__).parent / "static_content")
+    playground = Playground(root) if settings.ui else None
+    assets = Path(bentoml_server.__file__).parent / "static_content"
+    routes = make_app(root, assets=assets, playground=playground)
     made = bentoml.service(
         name="mtserve",
         workers=settings.workers,
@@ -168,6 +172,12 @@ def make_service() -> Any:
     )(Mtserve)
     made.mount_asgi_app(routes, path="/")
     return made
+
+
+def _open(playground: Playground | None) -> None:
+    """Several workers share a visitor's requests, so no answer can be read along there."""
+    if playground is not None:
+        playground.open(streams=MODEL_SOCKET not in os.environ)
 
 
 def _fronted(root: Root, routes: ASGIApp) -> type[Any]:

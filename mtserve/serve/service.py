@@ -18,6 +18,7 @@ from bentoml._internal import server as bentoml_server
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.resource import system_resources
 from bentoml._internal.utils.analytics import usage_stats
+from bentoml.images import Image
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
@@ -103,8 +104,9 @@ def _table(root: Root, settings: Settings, service: str) -> TaskTable:
     return living.table
 
 
-def make_service() -> Any:
-    """A BentoML service with a root of its own; its weights are loaded when a worker makes the instance."""
+def make_service(*, image: Image | None = None) -> Any:
+    """A BentoML service with a root of its own; its weights are loaded when a worker makes the instance. `image` says
+    in Python what a bento installs, in place of a bentofile."""
     root, settings = Root(), _settings()
 
     class Mtserve:
@@ -164,6 +166,7 @@ def make_service() -> Any:
     routes = make_app(root, assets=assets, playground=playground)
     made = bentoml.service(
         name="mtserve",
+        image=image,
         workers=settings.workers,
         traffic={"timeout": settings.timeout_s + MARGIN_S},
         logging={"access": {"enabled": False}},

@@ -322,6 +322,17 @@ def test_bentofile_builds_what_the_command_serves(name: str, extra: str) -> None
     )
 
 
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # BentoML's imports
+@pytest.mark.filterwarnings("ignore:The `__get_pydantic_core_schema__` method:DeprecationWarning")
+def test_the_service_file_of_the_documentation_has_an_image_with_all_packages() -> None:
+    (code,) = re.findall(r"```python\n(# service\.py.*?)```", (ROOT / "docs/deploy.md").read_text(), re.DOTALL)
+    made: dict[str, Any] = {}
+    exec(compile(code, "service.py", "exec"), made)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = [one.partition(";")[0] for one in (*extras["serve"], *extras["torch"])]
+    assert made["service"].image.python_requirements.split()[1:] == wanted
+
+
 def test_several_workers_share_one_model_process(checkpoints: tuple[str, str], tmp_path: Path) -> None:
     """Its loss is told to those who wait, and it comes back; SIGTERM to all of them loses nothing."""
     given = {"MTSERVE_WORKERS": "2", "MTSERVE_MAX_WAIT_MS": "1500", "MTSERVE_CAPTURE": "false"}

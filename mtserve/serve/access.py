@@ -37,6 +37,6 @@ class Lines(logging.Handler):
     def flush(self) -> None:
         with self.lock:  # type: ignore[union-attr]
             lines, self._lines = self._lines, []
-            if lines:
+            if lines and not self._stream.closed:  # at the end of a process it may be
                 self._stream.write("".join(lines))
                 self._stream.flush()

@@ -202,6 +202,25 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(
     assert "last task" in error(server.delete("topic"), 409, "head_refused")["message"]
 
 
+@pytest.mark.parametrize("golden", [True, False])
+def test_a_head_of_another_shape_does_not_come(
+    server: Running, made: Path, tmp_path: Path, golden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name: tensor[..., :16].contiguous() for name, tensor in load_file(made / "v1.head").items()}
+    said = json.loads(read_metadata(made / "v1.head")["mtserve-head"])
+    said["config"] = {**said["config"], "hidden_size": 16, "num_attention_heads": 2}
+    said["golden"] = said["golden"] if golden else []
+    save_file(tensors, tmp_path / "small")
+    copy_with({"mtserve-head": json.dumps(said)}, tmp_path / "small", tmp_path / "head")
+    before = server.heads
+    message = error(server.put("urgency", tmp_path / "head"), 409, "head_refused")["message"]
+    assert message == "the head does not run on its trunk: RuntimeError"
+    assert server.heads == before
+    assert server.answer("topic")
+
+
 def _full(*_: Any, **__: Any) -> None:
     raise OSError(28, "No space left on device")
 

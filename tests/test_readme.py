@@ -143,3 +143,7 @@ def test_what_clients_print_has_the_form_that_their_page_shows(
     shown = transcripts.names(before) - may_lack
     assert shown <= transcripts.names(found)
     assert found.strip()
+
+
+def test_the_page_has_the_requests_that_a_server_shows_for_every_task(url: str) -> None:
+    assert transcripts.parts()[1] == transcripts.every_task(url), "make transcripts"

@@ -106,9 +106,8 @@ def load_checkpoint(
     every = (checkpoint, *others)
     text = checkpoint.text()
     if checkpoint.manifest.exported is not None:
-        if keep_bytes:
-            raise ConfigError(f"{checkpoint.folder} is a bundle, of which no trunk outputs can be kept")
-        backend: Backend = _onnx(every, checkpoint.manifest.exported, profile, runtime or Runtime(device=device))
+        how = runtime or Runtime(device=device)
+        backend: Backend = _onnx(every, checkpoint.manifest.exported, profile, how, keep_bytes=keep_bytes)
     else:
         backend = _eager(
             every, text, profile, device, accepted_only=accepted_only, capture=capture, keep_bytes=keep_bytes
@@ -150,7 +149,9 @@ def _eager(
     return EagerBackend(model.to(there.device), pad_id=text.spec.pad_id, profile=name, keep_bytes=keep_bytes, **ways)
 
 
-def _onnx(checkpoints: Sequence[Checkpoint], exported: Exported, profile: str | None, runtime: Runtime) -> Backend:
+def _onnx(
+    checkpoints: Sequence[Checkpoint], exported: Exported, profile: str | None, runtime: Runtime, *, keep_bytes: int
+) -> Backend:
     bundle, *others = checkpoints
     if others:
         raise CheckpointError(f"{bundle.folder} is a bundle, which takes no heads of {others[0].folder}")
@@ -163,7 +164,13 @@ def _onnx(checkpoints: Sequence[Checkpoint], exported: Exported, profile: str | 
         raise MissingExtraError("running a bundle", "onnx") from error
     text = bundle.manifest.text
     check_vocabulary(bundle.text(), exported.vocab_size, text.pad_id)
-    return OnnxBackend(Graphs(bundle.folder, exported, runtime), pad_id=text.pad_id)
+    graphs = Graphs(bundle.folder, exported, runtime)
+    if keep_bytes and graphs.bound:
+        raise ConfigError(
+            "the trunk's outputs stay on the GPU between trunk and heads, so none can be kept: MTSERVE_CACHE_MIB=0, or "
+            "MTSERVE_ONNX_IO_BINDING=false"
+        )
+    return OnnxBackend(graphs, pad_id=text.pad_id, keep_bytes=keep_bytes)
 
 
 def add_head(engine: Engine, task: Task, head: HeadFile) -> None:

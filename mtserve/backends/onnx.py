@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from mtserve.backends.base import Answers, Done, Times
 from mtserve.backends.kept import Kept
+from mtserve.backends.outputs import Outputs
 from mtserve.backends.sessions import Graphs
 from mtserve.backends.slots import Steps
 from mtserve.batching import Batch, Cost, padded_cost
@@ -25,6 +26,9 @@ from mtserve.errors import CheckpointError
 from mtserve.head_file import HeadFile
 from mtserve.profiles import Hardware
 from mtserve.rows import Floats, Row, spans, texts_of
+
+_Kept = dict[str, npt.NDArray[Any]]
+"""Of one row: `hidden` (len, hidden), and `pooled` (hidden,) where the trunk has a pooler."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +42,24 @@ class _States:
 
 
 class OnnxBackend:
-    """Runs the graphs of a bundle. `pad_id` stands where a row is shorter than the longest."""
+    """Runs the graphs of a bundle. `pad_id` stands where a row is shorter than the longest. Of rows of one pass,
+    `keep_bytes` of the trunk's outputs are kept."""
 
-    def __init__(self, graphs: Graphs, *, pad_id: int) -> None:
+    def __init__(self, graphs: Graphs, *, pad_id: int, keep_bytes: int = 0) -> None:
         self.graphs = graphs
         self.pad_id = pad_id
         self.profile = graphs.exported.profile
-        self.tokens = self.kept_bytes = 0
+        self.tokens = 0
+        self.outputs: Outputs[_Kept] | None = Outputs(keep_bytes) if keep_bytes else None
         self.padding_free = False
         trunk = graphs.exported.trunk
         self.keeps = trunk.cache is not None
         self._trunk = trunk
         self._forget()
+
+    @property
+    def kept_bytes(self) -> int:
+        return 0 if self.outputs is None else self.outputs.size
 
     @property
     def cost(self) -> Cost:
@@ -86,14 +96,18 @@ class OnnxBackend:
         rows = [self._kept(row) for row in batch.rows]
         heads = self.graphs.exported.heads
         entire = {at for task, some in batch.wanted.items() if heads[task].reads != "last" for at in some}
-        known = dict.fromkeys(range(len(rows)), 0)
+        asked = {at: row for at, row in enumerate(rows) if row.past is None and at not in batch.private}
+        reused = {} if self.outputs is None else _found(self.outputs, asked)
+        known = {at: 0 for at in range(len(rows)) if at not in reused}
         if self.kept is not None:
             self.kept.slots.admit([row for row in rows if row.past is not None])
             for at, row in enumerate(rows):
                 if row.past is not None and at not in entire:
                     known[at] = self.kept.slots.known(row)
         answers: dict[str, dict[int, Floats]] = {task: {} for task in batch.wanted}
-        times = Times()
+        times = Times(reused=len(reused))
+        if reused:
+            self._answer(batch, [*reused], rows, _joined([*reused.values()]), answers)
         going_on = [at for at in known if known[at]]
         if self.kept is not None:
             going_on.sort(key=lambda at: self._slot(rows[at]))
@@ -101,6 +115,7 @@ class OnnxBackend:
             if some:
                 began = time.perf_counter()
                 states = self._passed([rows[at] for at in some], [known[at] for at in some])
+                self._keep(some, asked, states)
                 computed = time.perf_counter()
                 self._answer(batch, some, rows, states, answers)
                 times.trunk_s += computed - began
@@ -108,7 +123,7 @@ class OnnxBackend:
         for row in rows:
             if row.past is not None and self.keeps:
                 row.past.length = len(row)
-        self.tokens += sum(map(len, rows)) - sum(known.values())
+        self.tokens += sum(len(rows[at]) - tokens for at, tokens in known.items())
         return Done({task: [answers[task][at] for at in some] for task, some in batch.wanted.items()}, times)
 
     def _kept(self, row: Row) -> Row:
@@ -119,6 +134,18 @@ class OnnxBackend:
             return row
         row.past.cut(0)
         return replace(row, past=None)
+
+    def _keep(self, some: Sequence[int], asked: Mapping[int, Row], states: _States) -> None:
+        """Keep what the trunk gave for those of some rows of which it may be kept; copied, since a part of it would
+        keep all."""
+        if self.outputs is None:
+            return
+        for number, at in enumerate(some):
+            if at in asked:
+                kept = {"hidden": states.found["hidden"][number, : states.counts[number]].copy()}
+                if "pooled" in states.found:
+                    kept["pooled"] = states.found["pooled"][number].copy()
+                self.outputs.put(asked[at].key, kept, size=sum(part.nbytes for part in kept.values()))
 
     def _slot(self, row: Row) -> int:
         assert self.kept is not None
@@ -169,6 +196,23 @@ class OnnxBackend:
                 logits = np.asarray(self.graphs.logits(task, feeds), np.float32)
                 each = [*logits] if sizes is None else np.split(logits, np.cumsum(sizes)[:-1])
                 into[task].update(zip(mine, each, strict=True))
+
+
+def _found(outputs: Outputs[_Kept], rows: Mapping[int, Row]) -> dict[int, _Kept]:
+    """What is kept of rows, by their indexes."""
+    found = {at: outputs.get(row.key) for at, row in rows.items()}
+    return {at: kept for at, kept in found.items() if kept is not None}
+
+
+def _joined(kept: Sequence[_Kept]) -> _States:
+    """Outputs of rows that were kept, as a pass over them gives them."""
+    counts = np.array([len(one["hidden"]) for one in kept], np.int64)
+    first = kept[0]["hidden"]
+    hidden = np.zeros((len(kept), int(counts.max()), first.shape[1]), first.dtype)  # (rows, seq, hidden)
+    for row, one in zip(hidden, kept, strict=True):
+        row[: len(one["hidden"])] = one["hidden"]
+    others = {name: np.stack([one[name] for one in kept]) for name in kept[0] if name != "hidden"}
+    return _States({"hidden": hidden, **others}, counts, hidden.shape[1])
 
 
 def _feeds(

@@ -60,6 +60,11 @@ class Graphs:
         return self.providers[0] in ON_GPU
 
     @property
+    def bound(self) -> bool:
+        """Whether outputs stay on a GPU until heads have used them."""
+        return self._bound_trunk is not None
+
+    @property
     def device(self) -> Device:
         return "cuda" if self.on_gpu else "cpu"
 

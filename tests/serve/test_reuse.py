@@ -70,11 +70,40 @@ def test_private_requests_are_private_in_the_model_process_too(checkpoints: tupl
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_a_bundle_keeps_none(checkpoints: tuple[str, str], tmp_path: Path) -> None:
+def test_a_bundle_keeps_them_too(checkpoints: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mtserve.backends.onnx import OnnxBackend
     from mtserve.checkpoint import Checkpoint
     from mtserve.export.bundling import export
+    from mtserve.loading import load_checkpoint
 
     bundle = export(Checkpoint.open(Path(checkpoints[0])), tmp_path / "bundle").bundle
     assert bundle is not None
-    with pytest.raises(ConfigError, match="is a bundle, of which no trunk outputs can be kept"):
-        load(Settings(model=(str(bundle.folder),), cache_mib=1))
+    plain, kept = load_checkpoint(bundle), load_checkpoint(bundle, keep_bytes=10**6)
+    texts = [TEXT["inputs"], "good", "a man is feeding his dog", "good"]
+    computed = []
+    for task in ("names", "topic", "tags"):
+        assert _rounded(kept.predict(task, texts)) == _rounded(plain.predict(task, texts))
+        computed.append(kept.counters.tokens)
+    assert computed[1:] == computed[:1] * 2
+    assert kept.counters.trunk_passes == 1
+    pairs = [{"text": text, "text_pair": "good"} for text in texts]
+    assert _rounded(kept.predict("score", [*pairs, *pairs[:1]])) == _rounded(
+        plain.predict("score", [*pairs, *pairs[:1]])
+    )
+    some = [*texts, "red", "ana"]  # of which two are new
+    before = kept.counters.tokens
+    assert _rounded(kept.predict("topic", some)) == _rounded(plain.predict("topic", some))
+    assert kept.counters.tokens - before == sum(len(w.prompt[0]) for w in kept.prepare_all("topic", some[-2:]))
+    assert isinstance(kept.backend, OnnxBackend)
+    assert 0 < kept.backend.kept_bytes <= 10**6
+    monkeypatch.setattr("mtserve.backends.sessions.Graphs.bound", True)
+    with pytest.raises(ConfigError, match="stay on the GPU"):
+        load_checkpoint(bundle, keep_bytes=10**6)
+
+
+def _rounded(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {name: _rounded(value) for name, value in found.items()}
+    if isinstance(found, list):
+        return [_rounded(value) for value in found]
+    return pytest.approx(found, abs=1e-5) if isinstance(found, float) else found

@@ -93,7 +93,7 @@ class EagerBackend:
             return graphs_of(self.served, Proof(self.model))
 
     @cached_property
-    def passes(self) -> Passes:
+    def _passes(self) -> Passes:
         return Passes(self.served, self.graphs if self.served.flat else None, pad_id=self.pad_id)
 
     @property
@@ -117,7 +117,7 @@ class EagerBackend:
 
     def launch(self, batch: Batch) -> Launched:
         if self.lane.device != self.model.trunk.device:  # a training moves its model after this was made
-            for made in ("served", "lane", "graphs", "passes"):
+            for made in ("served", "lane", "graphs", "_passes"):
                 self.__dict__.pop(made, None)
             self._forget()
         with self._evaluating():
@@ -209,7 +209,7 @@ class EagerBackend:
         fresh = [at for at in range(len(rows)) if not known.get(at) and at not in reused]
         if reused:
             began = time.perf_counter()
-            states = self.passes.joined([*reused.values()], pooled=pooled)
+            states = self._passes.joined([*reused.values()], pooled=pooled)
             logits += self._answers(batch, {at: rows[at] for at in reused}, states)
             times.reused, times.head_s = len(reused), time.perf_counter() - began
         if fresh or beginnings:
@@ -298,7 +298,7 @@ class EagerBackend:
         return groups if fits else []
 
     def _computed(self, rows: Sequence[Row], known: Sequence[int], *, pooled: bool = False) -> FlatStates:
-        return self.passes.computed(rows, known, self.pasts, pooled=pooled)
+        return self._passes.computed(rows, known, self.pasts, pooled=pooled)
 
     def _answers(self, batch: Batch, rows: Mapping[int, Row], states: FlatStates) -> Iterator[Logits]:
         """Each head on those of these rows that its task wants; `states` are of these rows, in order."""

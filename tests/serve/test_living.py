@@ -28,6 +28,7 @@ from mtserve.serve.living import Living
 from mtserve.serve.loading import load
 from mtserve.serve.process import facts_of, follow, hosted
 from mtserve.serve.table import Root
+from mtserve.serve.ui.asking import ask
 from mtserve.settings import Settings
 from tests.serve.conftest import sealed
 from tests.serve.test_routes import error
@@ -117,6 +118,10 @@ def test_a_head_comes_is_replaced_and_leaves(server: Running, made: Path) -> Non
     assert came.json()["golden"]["reproduced"]
     wanted = load_engine(made / "v1").predict("topic", [TEXT])
     assert server.answer("urgency") == wanted
+    assert asyncio.run(ask(server.root, "urgency", {"inputs": TEXT})).joined == wanted  # as the playground asks
+    body = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": [TEXT]}]}
+    by_protocol = ok(server.client.post("/v2/models/urgency/infer", json=body))["outputs"]
+    assert {out["name"]: out["data"] for out in by_protocol}["label"] == [wanted[0][0]["label"]]
     assert server.answer("topic") == base
     assert error(server.put("urgency", made / "v2.head"), 409, "head_refused")["message"].startswith("there is a task")
     replaced = server.put("urgency", made / "v2.head", replace="true")

@@ -69,7 +69,7 @@ def _checked(root: Root, name: str, asked: Body) -> tuple[TaskTable, ServedTask]
     table = root.table()
     served = table.task(name)
     exchange().tasks = (served.name,)
-    table.model.refuse(served.name)
+    table.model.refuse(served.key)
     check_object(asked, table.settings, fields=("inputs", "parameters", "stream"))
     note_inputs(table, asked)
     return table, served

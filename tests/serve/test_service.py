@@ -24,8 +24,10 @@ import numpy as np
 import pytest
 import yaml
 
+from mtserve.checkpoint import Checkpoint
 from mtserve.client import Client
 from mtserve.errors import ConfigError, InputError, SetupError, UnknownTaskError
+from mtserve.head_file import pack_head
 from mtserve.serve.launch import SERVICE, command
 
 ROOT = Path(__file__).parent.parent.parent
@@ -334,8 +336,11 @@ def test_the_service_file_of_the_documentation_has_an_image_with_all_packages() 
 
 
 def test_several_workers_share_one_model_process(checkpoints: tuple[str, str], tmp_path: Path) -> None:
-    """Its loss is told to those who wait, and it comes back; SIGTERM to all of them loses nothing."""
+    """Its loss is told to those who wait, and it comes back, with heads that had come; SIGTERM to all of them loses
+    nothing."""
     given = {"MTSERVE_WORKERS": "2", "MTSERVE_MAX_WAIT_MS": "1500", "MTSERVE_CAPTURE": "false"}
+    given["MTSERVE_ADMIN_KEYS"] = admin = "a-key-of-the-operator"
+    pack_head(Checkpoint.open(Path(checkpoints[0])), "topic", tmp_path / "head")
     asked = {"inputs": TEXT, "tasks": ["topic", "names"]}
     with started(checkpoints[:1], tmp_path, **given) as (url, process, log):
         (model,) = _models(process.pid)
@@ -344,6 +349,10 @@ def test_several_workers_share_one_model_process(checkpoints: tuple[str, str], t
             first = client.post("/predict", json=asked)
             assert first.status_code == 200
             assert client.post("/native/predict", json=asked).json()["outputs"] == first.json()["outputs"]
+            with Client(url, api_key=admin) as operator:
+                came = operator.push_head("later", tmp_path / "head")
+            listed = client.get("/tasks").json()
+            assert came in listed["tasks"]
             answer = pool.submit(httpx.post, url + "/predict", json=asked, timeout=30)
             time.sleep(0.5)
             os.kill(model, signal.SIGKILL)
@@ -351,10 +360,12 @@ def test_several_workers_share_one_model_process(checkpoints: tuple[str, str], t
             assert (lost.status_code, lost.json()["error"]["code"]) == (503, "unavailable")
             assert _comes(lambda: client.get("/readyz").status_code == 503)  # the other worker may hear of it later
             wait_until_ready(url, process, log)
-            assert client.post("/predict", json=asked).json()["outputs"] == first.json()["outputs"]
+            assert client.get("/tasks").json() == listed
+            both = client.post("/predict", json={**asked, "tasks": ["topic", "names", "later"]}).json()["outputs"]
+            assert both == {**first.json()["outputs"], "later": first.json()["outputs"]["topic"]}
             metrics = client.get("/metrics").text
             assert 'mtserve_requests_total{route="/predict",status="503",task="topic"} 1.0' in metrics
-            assert re.search(r'mtserve_batch_rows_count{trunk="[0-9a-f]{12}"} 3.0', metrics), metrics
+            assert re.search(r'mtserve_batch_rows_count{trunk="[0-9a-f]{12}"} 5.0', metrics), metrics
             answer = pool.submit(httpx.post, url + "/predict", json=asked, timeout=30)
             time.sleep(0.5)
             (model,) = _models(process.pid)

@@ -3,7 +3,6 @@
 Invariants (tests/test_outputs.py holds them):
 1. At no time are there more bytes than `most`; what alone is larger is not kept.
 2. What was used longest ago goes first. A row that is kept again takes the place of what was kept of it.
-3. A row that is asked for with a need that was not kept of it (the pooler's output, say) counts as missing.
 
 For the thread in which the backend computes.
 """

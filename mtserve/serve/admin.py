@@ -31,11 +31,14 @@ def admin_routes(root: Root) -> list[Route]:
         asked = _flags(request.query_params)
         was_there = name in root.table().tasks
         content = await read(request, limit=root.table().settings.max_head_bytes)
-        with tempfile.TemporaryDirectory(dir=home(), prefix="coming-") as folder:
-            file = Path(folder) / "head"
-            await asyncio.to_thread(file.write_bytes, content)
-            # whoever asked may leave, but a change that has begun goes on to its end
-            await asyncio.shield(changes.put(name, file, instead=asked["replace"], untuned=asked["untuned"]))
+
+        async def come() -> None:
+            with tempfile.TemporaryDirectory(dir=home(), prefix="coming-") as folder:
+                file = Path(folder) / "head"
+                await asyncio.to_thread(file.write_bytes, content)
+                await changes.put(name, file, instead=asked["replace"], untuned=asked["untuned"])
+
+        await asyncio.shield(come())  # whoever asked may leave, but a change that has begun goes on to its end
         return JSONResponse(root.table().task(name).listing(), status_code=200 if was_there else 201)
 
     async def remove(request: Request) -> Response:

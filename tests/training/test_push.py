@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
@@ -82,6 +83,17 @@ def test_what_cannot_be_pushed_is_said_before_anything_is_trained(
 ) -> None:
     assert main([str(run_file({"topic": "classification"})), *arguments]) == 2
     assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(
+    run_file: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the real client, which lets errors of its HTTP library through."""
+    monkeypatch.setattr(pushing, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9", token="hf_" + "x" * 20))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # offline, it says so itself
+    assert main([str(run_file({"topic": "classification"})), "--push", "ana/topics"]) == 2
+    assert "error: --push ana/topics: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

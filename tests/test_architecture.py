@@ -159,7 +159,7 @@ def test_all_is_sorted_and_importable() -> None:
 
 def test_the_code_stays_small() -> None:
     """Budgets, raised only with a reason in docs/architecture.md; a file is about one noun."""
-    for package, budget in (("mtserve", 23_400), ("training", 7700)):
+    for package, budget in (("mtserve", 23_500), ("training", 7800)):
         sizes = {path: len(path.read_text(encoding="utf-8").splitlines()) for _, path in modules(package)}
         assert sum(sizes.values()) <= budget
         too_long = {str(path.relative_to(ROOT)): size for path, size in sizes.items() if size > 330}

@@ -68,6 +68,7 @@ class TaskConfig(Section):
     weight: float = Field(default=1.0, gt=0)
     batch_size: int | None = Field(default=None, ge=1)
     class_weights: Literal["balanced"] | dict[str, float] | None = None
+    r_drop: float = Field(default=0.0, ge=0, description="Two passes with other dropout should agree; how much.")
     license: str | None = Field(default=None, description="The licence of the data, for the card.")
     zero_shot: str | None = Field(default=None, description="Template for the untrained trunk, measured beside ours.")
     judge: JudgeConfig | None = None
@@ -109,6 +110,7 @@ class Training(Section):
     layer_decay: float | None = Field(default=None, gt=0, le=1, description="Rate of a layer over that above it.")
     freeze: tuple[str, ...] = Field(default=(), description="embeddings, trunk, layers:N, or patterns of names.")
     lora: Lora | None = Field(default=None, description="Train low-rank adapters of the trunk, merged at the end.")
+    mixout: float = Field(default=0.0, ge=0, lt=1, description="Share of the trunk's numbers put back for a step.")
     optimizer: str = Field(default="adamw_torch_fused", description="As in TrainingArguments.optim.")
     batch_size: int = Field(default=16, ge=1)
     gradient_accumulation: int = Field(default=1, ge=1)
@@ -148,6 +150,9 @@ class Training(Section):
             raise ValueError("best needs eval_steps, and eval_steps needs best (average, or task.metric)")
         if self.patience is not None and self.best is None:
             raise ValueError("patience needs best and eval_steps")
+        if self.mixout and (self.lora is not None or self.gradient_checkpointing):
+            other = "gradient_checkpointing draws anew" if self.lora is None else "lora leaves the trunk's weights"
+            raise ValueError(f"mixout: {other}; allowed: one without the other")
         if self.best is not None and self.save_steps not in (None, self.eval_steps):
             raise ValueError("with best, states are saved at every evaluation; allowed: save_steps left out")
         return self
@@ -234,11 +239,14 @@ class RunConfig(Section):
                 "preparations": self.preparations,
                 "training.freeze": self.training.freeze,
                 "training.lora": self.training.lora,
+                "training.mixout": self.training.mixout,
                 "training.gradient_cosines": self.training.gradient_cosines,
             }.items():
                 if value:
                     raise ValueError(f"{name}: with result: heads the trunk stays as it is; allowed: to leave it out")
             for name, task in self.tasks.items():
+                if task.r_drop:
+                    raise ValueError(f"tasks.{name}.r_drop: kept outputs have no dropout; allowed: to leave it out")
                 if task.kind not in KINDS:
                     raise ValueError(f"tasks.{name}: {task.kind} only trains a trunk; allowed: {', '.join(KINDS)}")
         return self

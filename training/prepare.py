@@ -22,7 +22,7 @@ from training.data.splits import TaskData, read_task
 from training.pretraining import PRETRAINED, load_head
 from training.special_tokens import add_special_tokens
 from training.trainer.fit import TaskRun, check_best
-from training.trainer.learner import Learned
+from training.trainer.learner import Learned, has_dropout
 from training.trainer.weighing import loss_terms
 from training.trunk import Trunk, open_trunk
 
@@ -60,6 +60,7 @@ def prepare(config: RunConfig, *, base: Path) -> Prepared:
                 targets=(target for _, target in of.train.features) if wanted.class_weights else (),
                 label_smoothing=smoothing if "label_smoothing" in of.kind.loss_terms else 0.0,
                 class_weights=wanted.class_weights,
+                r_drop=wanted.r_drop,
             )
         except ConfigError as error:
             raise ConfigError(f"tasks.{name}.{error}") from error
@@ -67,6 +68,10 @@ def prepare(config: RunConfig, *, base: Path) -> Prepared:
         lengths = of.train.lengths if config.mixture.group_by_length else ()
         runs[name] = TaskRun(learned, of.train.features, wanted.weight, config.batch_size(name), lengths)
     _check_chains(config, trunk, data)
+    regular = next((name for name, run in runs.items() if run.learned.terms.r_drop), None)
+    if regular is not None and not has_dropout(trunk.model):
+        found = f"{type(trunk.model).__name__} as it is configured has no dropout, so two passes are one"
+        raise ConfigError(f"tasks.{regular}.r_drop: {found}; allowed: 0")
     measured = {n: list(of.kind.metrics(*_one(of), of.options)) for n, of in data.items()}
     check_best(config.training.best, measured)
     model = _model(trunk, data, seed=config.seed)

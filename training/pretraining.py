@@ -31,7 +31,7 @@ from mtserve.tasks.base import (
     Parameters,
 )
 from mtserve.tasks.measures import Metrics, Outcomes
-from mtserve.tasks.token_loss import token_loss
+from mtserve.tasks.token_loss import token_divergence, token_loss
 from mtserve.tasks.work import Work
 from mtserve.text import Text
 
@@ -71,7 +71,7 @@ class MaskedLM(Kind[MaskedLMOptions, Parameters, MaskedLMExample, MaskedLMExampl
     labelled = MaskedLMExample
     prediction = list[MaskedToken]
     metric = "masked_accuracy"
-    loss_terms = frozenset({"label_smoothing"})
+    loss_terms = frozenset({"label_smoothing", "r_drop"})
 
     def features(self, example: MaskedLMExample, options: MaskedLMOptions, text: Text) -> tuple[list[Row], Any]:
         """Rows with nothing hidden, and what `corrupt` needs to hide tokens of them."""
@@ -111,6 +111,16 @@ class MaskedLM(Kind[MaskedLMOptions, Parameters, MaskedLMExample, MaskedLMExampl
     ) -> Tensor:
         """Cross entropy, mean over predicted tokens."""
         return token_loss(logits, [target for of_example in targets for target in of_example], terms)
+
+    def disagreement(
+        self,
+        logits: Tensor,
+        other: Tensor,
+        rows: Sequence[Sequence[Row]],
+        targets: Sequence[Any],
+        options: MaskedLMOptions,
+    ) -> Tensor:
+        return token_divergence(logits, other, [target for of_example in targets for target in of_example])
 
     def decode(self, work: Work, options: MaskedLMOptions, text: Text) -> list[MaskedToken]:
         assert isinstance(work.example, MaskedLMExample)

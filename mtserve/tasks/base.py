@@ -83,6 +83,8 @@ class LossTerms:
 
     label_smoothing   share of a target that is spread evenly over all classes (Szegedy et al., 2016), in [0, 1)
     class_weights     one a class, in the order of the head's outputs
+    r_drop            weight of what two passes of an example, each with dropout of its own, disagree by (Liang et al.,
+                      2021); `Kind.disagreement` measures it, and the learner adds it to the loss
 
     Means are PyTorch's: with class weights, over the weights of the targets of this batch; so micro-batches of other
     classes have other denominators, and the mean of their means is not quite the mean of one large batch.
@@ -90,6 +92,7 @@ class LossTerms:
 
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] | None = None
+    r_drop: float = 0.0
 
 
 PLAIN = LossTerms()
@@ -220,6 +223,14 @@ class Kind(Evaluation[O_, L_], Generic[O_, P_, E_, L_]):
         rows, targets: one entry an example.
         terms: only those that `loss_terms` names count.
         """
+
+    def disagreement(
+        self, logits: Tensor, other: Tensor, rows: Sequence[Sequence[Row]], targets: Sequence[Any], options: O_
+    ) -> Tensor:
+        """How far two passes' answers to the same rows are apart, a scalar: of distributions the mean of both
+        Kullback-Leibler divergences, of scores the squared difference, in nats and units of the loss; the mean over
+        what the loss is a mean of. Shapes as of `loss`. For kinds whose `loss_terms` have r_drop."""
+        raise NotImplementedError(f"{self.name} has no r_drop among its loss terms")
 
     def fit(self, examples: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
         """Options with what must be learned from the raw records of the training split (label names) filled in."""

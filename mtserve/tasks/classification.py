@@ -26,6 +26,7 @@ from mtserve.tasks.base import (
 )
 from mtserve.tasks.measures import LabelScores, Metrics, Outcomes, label_report
 from mtserve.tasks.scores import sigmoid, softmax
+from mtserve.tasks.token_loss import divergence
 from mtserve.tasks.windows import merge, merge_tensor
 from mtserve.tasks.work import Work
 from mtserve.text import Text
@@ -107,7 +108,7 @@ class Classification(
     prediction = list[LabelScore]
     metric = "macro_f1"
     label_field = "label"
-    loss_terms = frozenset({"label_smoothing", "class_weights"})
+    loss_terms = frozenset({"label_smoothing", "class_weights", "r_drop"})
 
     def rows(self, example: ClassificationExample, options: ClassificationOptions, text: Text) -> list[Row]:
         return text.rows(example.text, example.text_pair, limits=options.limits)
@@ -162,6 +163,21 @@ class Classification(
             shares = wanted.to(merged.dtype) * (1 - smooth) + smooth / 2
             return functional.binary_cross_entropy_with_logits(merged, shares, weights)
         return functional.cross_entropy(merged, wanted.long(), weights, label_smoothing=smooth)
+
+    def disagreement(
+        self,
+        logits: Tensor,
+        other: Tensor,
+        rows: Sequence[Sequence[Row]],
+        targets: Sequence[Any],
+        options: ClassificationOptions,
+    ) -> Tensor:
+        """Of several labels at once the mean over examples and labels, as their loss is."""
+        import torch
+
+        one, two = (torch.cat(merge_tensor(rows, each)) for each in (logits, other))  # (examples, n_out)
+        found = divergence(one, two, sigmoid=options.multi_label).mean()
+        return found / one.shape[1] if options.multi_label else found
 
     def decode(self, work: Work, options: ClassificationOptions, text: Text) -> list[LabelScore]:
         parameters = work.parameters

@@ -22,7 +22,7 @@ from mtserve.tasks.base import IGNORED, PLAIN, Example, HeadSpec, Kind, LossTerm
 from mtserve.tasks.decoding import Decoding, GenerationParameters, Reader, Search, make_search
 from mtserve.tasks.measures import Metrics, Outcomes
 from mtserve.tasks.overlap import overlap_outcomes, overlap_score
-from mtserve.tasks.token_loss import token_loss
+from mtserve.tasks.token_loss import token_divergence, token_loss
 from mtserve.tasks.work import Work
 from mtserve.text import Text
 
@@ -137,7 +137,7 @@ class Generation(Kind[GenerationOptions, GenerationParameters, GenerationExample
     metric = "bleu"
     causal = True
     streams = True
-    loss_terms = frozenset({"label_smoothing"})
+    loss_terms = frozenset({"label_smoothing", "r_drop"})
 
     def rows(self, example: GenerationExample, options: GenerationOptions, text: Text) -> list[Row]:
         return [self._prompt(example.text, options, text, answer=options.max_new_tokens)]
@@ -196,6 +196,16 @@ class Generation(Kind[GenerationOptions, GenerationParameters, GenerationExample
         terms: LossTerms = PLAIN,
     ) -> Tensor:
         return token_loss(logits, targets, terms)
+
+    def disagreement(
+        self,
+        logits: Tensor,
+        other: Tensor,
+        rows: Sequence[Sequence[Row]],
+        targets: Sequence[Any],
+        options: GenerationOptions,
+    ) -> Tensor:
+        return token_divergence(logits, other, targets)
 
     def check_text(self, options: GenerationOptions, text: Text) -> None:
         self._end(options, text)

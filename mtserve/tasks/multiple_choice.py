@@ -27,6 +27,7 @@ from mtserve.tasks.base import (
 )
 from mtserve.tasks.measures import Metrics, Outcomes
 from mtserve.tasks.scores import softmax
+from mtserve.tasks.token_loss import divergence
 from mtserve.tasks.windows import merge, merge_tensor
 from mtserve.tasks.work import Work
 from mtserve.text import Text
@@ -93,7 +94,7 @@ class MultipleChoice(
     labelled = LabelledMultipleChoice
     prediction = list[ChoiceScore]
     metric = "accuracy"
-    loss_terms = frozenset({"label_smoothing"})
+    loss_terms = frozenset({"label_smoothing", "r_drop"})
     takes_text = False
 
     def rows(self, example: MultipleChoiceExample, options: MultipleChoiceOptions, text: Text) -> list[Row]:
@@ -138,15 +139,24 @@ class MultipleChoice(
         """Cross entropy over the choices of an example, smoothed over those alone; mean over examples. With both
         methods the mean of what each alone costs."""
         import torch
-        from torch.nn import functional
 
-        found, ways = merge_tensor(rows, logits), []
-        if options.method != "cosine":
-            ways.append([part[: _choices(part, options), 0] for part in found])
-        if options.method != "joint":
-            apart = (_apart(part, options) for part in found)
-            ways.append([_SCALE * functional.cosine_similarity(one, other, dim=-1) for one, other in apart])
+        ways = _ways(merge_tensor(rows, logits), options)
         return torch.stack([_cost(scores, targets, terms) for scores in ways]).mean()
+
+    def disagreement(
+        self,
+        logits: Tensor,
+        other: Tensor,
+        rows: Sequence[Sequence[Row]],
+        targets: Sequence[Any],
+        options: MultipleChoiceOptions,
+    ) -> Tensor:
+        """Over the choices of an example; with both methods the mean of what each alone has."""
+        import torch
+
+        pairs = zip(*(_ways(merge_tensor(rows, each), options) for each in (logits, other)), strict=True)
+        found = [divergence(a, b) for one, two in pairs for a, b in zip(one, two, strict=True)]
+        return torch.stack(found).mean()
 
     def decode(self, work: Work, options: MultipleChoiceOptions, text: Text) -> list[ChoiceScore]:
         example, parameters = work.example, work.parameters
@@ -228,6 +238,19 @@ def _apart(parts: Any, options: MultipleChoiceOptions) -> tuple[Any, Any]:
     """(1, hidden) and (choices, hidden): the embeddings of question and choices, out of (parts, n_out)."""
     alone = parts[_choices(parts, options) :, 1:] if options.method == "both" else parts
     return alone[:1], alone[1:]
+
+
+def _ways(parts: Sequence[Tensor], options: MultipleChoiceOptions) -> list[list[Tensor]]:
+    """By each method, (choices,) scores an example, out of (parts, n_out) logits an example."""
+    from torch.nn import functional
+
+    ways = list[list[Any]]()
+    if options.method != "cosine":
+        ways.append([part[: _choices(part, options), 0] for part in parts])
+    if options.method != "joint":
+        apart = (_apart(part, options) for part in parts)
+        ways.append([_SCALE * functional.cosine_similarity(one, other, dim=-1) for one, other in apart])
+    return ways
 
 
 def _cosines(one: Floats, others: Floats) -> Floats:

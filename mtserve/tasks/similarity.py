@@ -93,6 +93,7 @@ class Similarity(Kind[SimilarityOptions, SimilarityParameters, SimilarityExample
     prediction = Score
     metric = "pearson"
     takes_text = False
+    loss_terms = frozenset({"r_drop"})
 
     def rows(self, example: SimilarityExample, options: SimilarityOptions, text: Text) -> list[Row]:
         pair, limits, rows = options.method != "cosine", options.limits, list[Row]()
@@ -127,15 +128,22 @@ class Similarity(Kind[SimilarityOptions, SimilarityParameters, SimilarityExample
         """Squared error on the scale [0, 1]: of the output itself, of the cosine (Reimers and Gurevych, 2019), or the
         mean of the two errors."""
         import torch
-        from torch.nn import functional
 
-        parts = torch.stack(merge_tensor(rows, logits))  # (examples, parts, n_out)
-        wanted = torch.as_tensor(targets, dtype=parts.dtype, device=parts.device)
-        guesses = [] if options.method == "cosine" else [parts[:, 0, 0]]
-        if options.method != "regression":
-            one, other = _embeddings(parts, options)
-            guesses.append(functional.cosine_similarity(one, other, dim=-1))
-        return torch.stack([functional.mse_loss(guess, wanted) for guess in guesses]).mean()
+        guesses = _guesses(merge_tensor(rows, logits), options)  # (methods, examples)
+        wanted = torch.as_tensor(targets, dtype=guesses.dtype, device=guesses.device)
+        return (guesses - wanted).square().mean()
+
+    def disagreement(
+        self,
+        logits: Tensor,
+        other: Tensor,
+        rows: Sequence[Sequence[Row]],
+        targets: Sequence[Any],
+        options: SimilarityOptions,
+    ) -> Tensor:
+        """The squared difference on the scale [0, 1], of each method's guess."""
+        one, two = (_guesses(merge_tensor(rows, each), options) for each in (logits, other))
+        return (one - two).square().mean()
 
     def decode(self, work: Work, options: SimilarityOptions, text: Text) -> Score:
         parts = merge(work.prompt, work.logits)
@@ -199,6 +207,19 @@ def _embeddings(parts: Any, options: SimilarityOptions) -> tuple[Any, Any]:
     if options.method == "both":
         return parts[:, 1, 1:], parts[:, 2, 1:]
     return parts[:, 0], parts[:, 1]
+
+
+def _guesses(parts: Sequence[Tensor], options: SimilarityOptions) -> Tensor:
+    """(methods, examples) on the scale [0, 1], out of (parts, n_out) logits an example."""
+    import torch
+    from torch.nn import functional
+
+    stacked = torch.stack([*parts])  # (examples, parts, n_out)
+    guesses = [] if options.method == "cosine" else [stacked[:, 0, 0]]
+    if options.method != "regression":
+        one, other = _embeddings(stacked, options)
+        guesses.append(functional.cosine_similarity(one, other, dim=-1))
+    return torch.stack(guesses)
 
 
 def _cosine(a: Floats, b: Floats) -> float:

@@ -35,7 +35,7 @@ from mtserve.tasks.spans import (
     token_words,
     word_spans,
 )
-from mtserve.tasks.token_loss import token_loss
+from mtserve.tasks.token_loss import token_divergence, token_loss
 from mtserve.tasks.work import Work
 from mtserve.text import Text
 
@@ -126,7 +126,7 @@ class TokenClassification(
     prediction = list[SpanScore]
     metric = "f1"
     label_field = "entity_group"
-    loss_terms = frozenset({"label_smoothing", "class_weights"})
+    loss_terms = frozenset({"label_smoothing", "class_weights", "r_drop"})
 
     def rows(self, example: TokenClassificationExample, options: TokenClassificationOptions, text: Text) -> list[Row]:
         return text.rows(example.joined, limits=options.limits)
@@ -168,6 +168,16 @@ class TokenClassification(
     ) -> Tensor:
         """Cross entropy, mean over words; 0 for a batch without a single labelled word. Class weights are of tags."""
         return token_loss(logits, [target for of_example in targets for target in of_example], terms)
+
+    def disagreement(
+        self,
+        logits: Tensor,
+        other: Tensor,
+        rows: Sequence[Sequence[Row]],
+        targets: Sequence[Any],
+        options: TokenClassificationOptions,
+    ) -> Tensor:
+        return token_divergence(logits, other, [target for of_example in targets for target in of_example])
 
     def decode(self, work: Work, options: TokenClassificationOptions, text: Text) -> list[SpanScore]:
         example, parameters = work.example, work.parameters

@@ -152,9 +152,9 @@ def test_named_weights_leave_the_other_classes_at_one() -> None:
         (
             "multiple_choice",
             {"class_weights": "balanced"},
-            "multiple_choice cannot use it; it can use: label_smoothing",
+            "multiple_choice cannot use it; it can use: label_smoothing, r_drop",
         ),
-        ("similarity", {"label_smoothing": 0.1}, "similarity cannot use it; it can use: none"),
+        ("similarity", {"label_smoothing": 0.1}, "similarity cannot use it; it can use: r_drop"),
         ("classification", {"label_smoothing": 1.0}, "less than 1; found 1.0"),
     ],
 )

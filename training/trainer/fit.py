@@ -28,6 +28,7 @@ from training.trainer.deadline import Deadline
 from training.trainer.frozen import HeadLearner, Outputs
 from training.trainer.learner import Features, FeatureSet, Learned, Learner, collate
 from training.trainer.lora import add_adapters, merge_adapters
+from training.trainer.mixout import mix, unmix
 from training.trainer.mixture import MixtureConfig
 from training.trainer.multitask import Evaluator, MultitaskTrainer
 from training.trainer.optimizer import freeze, parameter_groups
@@ -110,6 +111,7 @@ def fit(
         trainer.train(resume_from_checkpoint=state and str(state))
         seconds = time.monotonic() - started
     model.to("cpu").eval()
+    unmix(model.trunk)
     if adapters is not None:
         merge_adapters(adapters)
     progress = trainer.state
@@ -150,6 +152,8 @@ def make_trainer(
         model.to(args.device)  # the Trainer moves the heads there, and evaluations need both
     elif settings.freeze:
         freeze(model, settings.freeze)
+    if settings.mixout:
+        mix(model.trunk, settings.mixout)
     groups = parameter_groups(
         model,
         learning_rate=settings.learning_rate,

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import cached
 from torch.utils.data import Dataset
 
 from mtserve.backends.staging import padded
@@ -26,6 +27,7 @@ from training.trainer.on_cpu import OnCpu
 
 _WORTH, _FEWEST = 0.15, 256
 """What a pass of its own must save of the tokens that some rows have together, and at least, in tokens."""
+_SHARES = ("dropout", "dropout_prob", "attention_dropout")
 _WIDE = frozenset({"causal_lm", "masked_lm"})
 """Heads whose logits are as wide as the vocabulary, and which look at each position alone."""
 
@@ -56,15 +58,32 @@ class Learner(nn.Module):
         rows: Sequence[Sequence[Row]],
         targets: Sequence[Any],
     ) -> dict[str, Tensor]:
-        """The batch's mean loss. All three tensors are (rows, seq); `rows` and `targets` have one entry an example."""
-        task = self.tasks[task_name]
-        with OnCpu() if input_ids.device.type == "cpu" and not self._recomputes else nullcontext():
-            if task.kind.head(task.options).architecture in _WIDE:
-                logits, targets = self._counted(task_name, input_ids, attention_mask, token_type_ids, targets)
+        """The batch's mean loss. All three tensors are (rows, seq); `rows` and `targets` have one entry an example.
+
+        With r_drop in training there are two passes, each with dropout of its own, and the loss is
+        (L1 + L2 + r_drop * disagreement) / 2: R-Drop (Liang et al., 2021), halved, so that rates keep their meaning.
+        """
+        kind, options, terms = (task := self.tasks[task_name]).kind, task.options, task.terms
+        tensors, twice = (input_ids, attention_mask, token_type_ids), terms.r_drop > 0 and self.training
+        passes = [self._pass(task_name, tensors, rows, targets) for _ in range(1 + twice)]
+        losses = [kind.loss(logits, rows, counted, options, terms) for logits, counted in passes]
+        if not twice:
+            return {"loss": losses[0]}
+        (one, counted), (two, _) = passes
+        apart = kind.disagreement(one, two, rows, counted, options)
+        return {"loss": (losses[0] + losses[1] + terms.r_drop * apart) / 2}
+
+    def _pass(
+        self, task: str, tensors: tuple[Tensor, ...], rows: Sequence[Sequence[Row]], targets: Sequence[Any]
+    ) -> tuple[Tensor, Sequence[Any]]:
+        """fp32 logits of one pass, and the targets that stand for them."""
+        spec, on_cpu = self.model.specs[task], tensors[0].device.type == "cpu"
+        with cached(), OnCpu() if on_cpu and not self._recomputes else nullcontext():
+            if spec.architecture in _WIDE:
+                logits, targets = self._counted(task, tensors, targets)
             else:
-                flat = list(chain.from_iterable(rows))
-                logits = self._logits(task_name, (input_ids, attention_mask, token_type_ids), flat)
-        return {"loss": task.kind.loss(logits.float(), rows, targets, task.options, task.terms)}
+                logits = self._logits(task, tensors, list(chain.from_iterable(rows)))
+        return logits.float(), targets
 
     def _logits(self, task_name: str, tensors: tuple[Tensor, ...], rows: Sequence[Row]) -> Tensor:
         """As the model gives them. On a CPU rows that differ much in length pass the trunk in groups, padded to the
@@ -82,11 +101,10 @@ class Learner(nn.Module):
             order += group
         return torch.cat(found)[torch.tensor(order).argsort()]
 
-    def _counted(
-        self, task_name: str, ids: Tensor, mask: Tensor, type_ids: Tensor, targets: Sequence[Any]
-    ) -> tuple[Tensor, list[Any]]:
+    def _counted(self, task_name: str, tensors: tuple[Tensor, ...], targets: Sequence[Any]) -> tuple[Tensor, list[Any]]:
         """(1, counted, n_out) logits of the positions that have a target, and those targets: a prompt's logits are as
         wide as the vocabulary, and no loss reads them."""
+        ids, mask, type_ids = tensors
         states = self.model.states(ids, mask, type_ids)
         nested = isinstance(targets[0], list)  # several rows an example
         wanted = np.full(tuple(ids.shape), IGNORED, np.int64)
@@ -107,6 +125,14 @@ class Learner(nn.Module):
         self.model.trunk.activation_checkpointing_enable(
             activation_checkpointing_kwargs=activation_checkpointing_kwargs, **placement
         )
+
+
+def has_dropout(trunk: nn.Module) -> bool:
+    """Whether two passes of a trunk in training mode may differ: by a layer of dropout, or by a share that one hands to
+    its attention."""
+    layers = (module.p for module in trunk.modules() if isinstance(module, nn.Dropout))
+    given = (getattr(module, name, 0) for module in trunk.modules() for name in _SHARES)
+    return any(share > 0 for share in (*layers, *given) if isinstance(share, float))
 
 
 def alike(lengths: Sequence[int]) -> list[list[int]]:

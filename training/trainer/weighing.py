@@ -20,19 +20,25 @@ def loss_terms(
     targets: Iterable[Any],
     label_smoothing: float = 0.0,
     class_weights: ClassWeights = None,
+    r_drop: float = 0.0,
 ) -> LossTerms:
     """The terms of a task; `targets` are those of its training split, as `Kind.features` makes them.
 
     Raises ConfigError for a term that the kind's loss cannot use, a share outside [0, 1), and an unknown class.
     """
-    asked = {"label_smoothing": bool(label_smoothing), "class_weights": class_weights is not None}
+    asked = {
+        "label_smoothing": bool(label_smoothing),
+        "class_weights": class_weights is not None,
+        "r_drop": bool(r_drop),
+    }
     for name in asked:
         if asked[name] and name not in kind.loss_terms:
             allowed = ", ".join(sorted(kind.loss_terms)) or "none"
             raise ConfigError(f"{name}: the loss of {kind.name} cannot use it; it can use: {allowed}")
     if not 0 <= label_smoothing < 1:
         raise ConfigError(f"label_smoothing must be at least 0 and less than 1; found {label_smoothing}")
-    return LossTerms(label_smoothing, weights_of_classes(class_weights, kind.head(options).labels, targets=targets))
+    weights = weights_of_classes(class_weights, kind.head(options).labels, targets=targets)
+    return LossTerms(label_smoothing, weights, r_drop)
 
 
 def weights_of_classes(

@@ -30,7 +30,7 @@ from training.report.beside import Beside
 from training.report.card import card
 from training.report.evaluate import Scores, evaluate
 from training.report.figures import figures
-from training.trainer.cosines import mean_cosines
+from training.trainer.cosines import mean_cosines, mean_sizes
 from training.trainer.fit import Trained
 
 _VERSIONS = ("torch", "transformers", "tokenizers", "datasets")
@@ -82,6 +82,7 @@ def finish(config: RunConfig, run: Prepared, trained: Trained, *, command: str, 
         test=test,
         calibrations=calibrations,
         cosines=mean_cosines(trained.cosines),
+        sizes=mean_sizes(trained.cosines),
         audit=audit(run.data),
         source=run.trunk.source,
         command=command,

@@ -24,7 +24,7 @@ from training.report.answers import answers, examples_of
 from training.report.command import sealed
 from training.report.tables import Line
 from training.report.transfer import MARKS, section, table
-from training.trainer.cosines import mean_cosines
+from training.trainer.cosines import mean_cosines, mean_sizes
 from training.trainer.mixture import MixtureConfig, Schedule
 from training.trainer.plan import plan
 
@@ -81,13 +81,14 @@ def transfer(config: RunConfig, *, seeds: int, base: Path, command: str) -> list
             reached(one, base=base, command=f"{command}  # {name} alone, seed {one.seed}")
     found = {name: _compared(name, runs, of, base) for name, of in singles.items()}
     logs = [Checkpoint.open(Path(one.output)).manifest.provenance["training"]["gradient_cosines"] for one in runs]
-    cosines = mean_cosines([row for log in logs for row in log])
-    text = section(found, cosines, seeds=[one.seed for one in runs], resamples=config.resamples)
+    measured = [row for log in logs for row in log]
+    cosines, sizes = mean_cosines(measured), mean_sizes(measured)
+    text = section(found, cosines, sizes, seeds=[one.seed for one in runs], resamples=config.resamples)
     for one in runs:
         _tell(Path(one.output) / "README.md", text)
     told = {name: asdict(one) | {"verdict": one.verdict} for name, one in found.items()}
     pairs = [[*pair, value] for pair, value in cosines.items()]
-    numbers = json.dumps({"tasks": told, "gradient_cosines": pairs}, indent=1)
+    numbers = json.dumps({"tasks": told, "gradient_cosines": pairs, "gradient_sizes": sizes}, indent=1)
     (Path(config.output) / "transfer.json").write_text(numbers + "\n", encoding="utf-8")
     return table(found)
 

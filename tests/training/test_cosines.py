@@ -14,7 +14,7 @@ from training.prepare import Prepared, prepare
 from training.run import train
 from training.runfile import read_config
 from training.trainer import fit as module
-from training.trainer.cosines import Cosines, GradientCosines, mean_cosines
+from training.trainer.cosines import Cosines, GradientCosines, Sizes, mean_cosines, mean_sizes
 from training.trainer.fit import Trained, arguments, fit, make_trainer
 
 TWO = {"topic": "classification", "names": "token_classification"}
@@ -27,8 +27,8 @@ def fitted(path: Path, *overrides: str) -> tuple[Trained, dict[str, torch.Tensor
     return found, {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
 
 
-def measured(path: Path, *overrides: str) -> tuple[Cosines, Prepared, Any]:
-    """The cosines before the first step."""
+def measured(path: Path, *overrides: str) -> tuple[tuple[Cosines, Sizes], Prepared, Any]:
+    """Cosines and sizes before the first step."""
     config = read_config(path, overrides)
     run = prepare(config, base=path.parent)
     folder = path.parent / "trainer"
@@ -40,7 +40,7 @@ def measured(path: Path, *overrides: str) -> tuple[Cosines, Prepared, Any]:
 
 
 def test_they_are_cosines_of_mean_gradients_over_all_examples(run_file: Run) -> None:
-    found, run, trainer = measured(run_file(TWO))
+    (found, sizes), run, trainer = measured(run_file(TWO))
     assert set(found) == {("topic", "topic"), ("names", "names"), ("topic", "names")}
     run.model.eval()
 
@@ -61,6 +61,7 @@ def test_they_are_cosines_of_mean_gradients_over_all_examples(run_file: Run) -> 
     topic = gradient("topic", list(range(12)))
     even, odd = gradient("topic", list(range(0, 12, 2))), gradient("topic", list(range(1, 12, 2)))
     torch.testing.assert_close(topic, even + odd, rtol=1e-3, atol=1e-5)
+    assert sizes["topic"] == pytest.approx(float(topic.norm()) / 12, rel=1e-3)
     expected = torch.nn.functional.cosine_similarity(even, odd, dim=0)
     assert found["topic", "topic"] == pytest.approx(float(expected), abs=1e-4)
     names = gradient("names", list(range(12)))
@@ -76,8 +77,9 @@ def test_the_same_task_twice_pulls_the_same_way(run_file: Run) -> None:
                 run.model.head(name).parameters(), run.model.head("topic").parameters(), strict=True
             ):
                 ours.copy_(first)
-    cosines = GradientCosines(trainer, run.model.trunk, moments=1).measure()
+    cosines, sizes = GradientCosines(trainer, run.model.trunk, moments=1).measure()
     assert cosines["topic", "again"] == pytest.approx(1, abs=1e-5)
+    assert sizes["topic"] == pytest.approx(sizes["again"], rel=1e-4)
 
 
 def test_a_measured_training_ends_with_the_same_weights(run_file: Run) -> None:
@@ -91,6 +93,9 @@ def test_a_measured_training_ends_with_the_same_weights(run_file: Run) -> None:
     values = [v for row in found[0].cosines for a, b, v in row["cosines"] if (a, b) == ("topic", "names")]
     assert len(values) == 3
     assert mean["topic", "names"] == pytest.approx(sum(values) / 3)
+    sizes = [row["sizes"]["names"] for row in found[0].cosines]
+    assert mean_sizes(found[0].cosines)["names"] == pytest.approx(sum(sizes) / 3)
+    assert mean_sizes([{"step": 1, "cosines": []}]) == {}, "a checkpoint of before"
     assert plain[0].log == found[0].log
 
 
@@ -117,7 +122,9 @@ def test_a_resumed_run_keeps_what_was_measured_before(run_file: Run, monkeypatch
     assert again is not None
     assert again.trained.cosines == whole.trained.cosines
     text = (again.folder / "README.md").read_text()
-    assert "| topic | " in text.partition("Gradient cosine")[2]
+    table = text.partition("Gradient cosine")[2]
+    assert "| task | topic | names | size |" in table
+    assert "| topic | " in table
 
 
 def test_a_trunk_that_stays_has_no_gradients(run_file: Run) -> None:

@@ -107,6 +107,7 @@ def test_each_task_is_run_alone_and_compared(run_file: Run, monkeypatch: pytest.
     assert {tuple(pair[:2]) for pair in told["gradient_cosines"]} == {
         ("topic", "topic"), ("names", "names"), ("topic", "names")
     }  # fmt: skip
+    assert told["gradient_sizes"].keys() == {"topic", "names"}
     monkeypatch.setattr("training.compare.train", None)  # nothing is trained again, and the section is there once
     assert transfer(config, seeds=2, base=path.parent, command="the command") == lines
     assert (home / "seed-1" / "README.md").read_text() == card
@@ -148,7 +149,7 @@ def test_groups() -> None:
     )
     assert grouping({"a": LOST, "b": SAME, "c": LOST}, cosines).startswith("Suggested grouping: b; a; c.")
     assert grouping({"a": LOST, "b": LOST}, {("a", "b"): -0.5}).startswith("Suggested grouping: a; b.")
-    text = section({"a": LOST, "b": GAINED}, cosines, seeds=[0], resamples=10)
+    text = section({"a": LOST, "b": GAINED}, cosines, {}, seeds=[0], resamples=10)
     assert "Seed 0." in text
     assert re.search(r"\| a \| eval \| f1 \| 0.500 \| 0.400 to 0.600 \| 0.700 \| -0.200 \| .* \| lost \|", text)
 

@@ -49,13 +49,14 @@ def card(
     test: Mapping[str, Scores] = MappingProxyType({}),
     calibrations: Mapping[str, Calibration] = MappingProxyType({}),
     cosines: Mapping[tuple[str, str], float] = MappingProxyType({}),
+    sizes: Mapping[str, float] = MappingProxyType({}),
     figures: Collection[str] = (),
 ) -> str:
     """Markdown with the metadata block that model hubs read.
 
     scores    of each task on its evaluation split; `test` of those that have a test split; `calibrations` of those
               whose scores were fitted
-    cosines   of tasks' gradients, where they were measured
+    cosines   of tasks' gradients, and their sizes, where they were measured
     source    what the trunk is called
     figures   names of the pictures beside the card, as `training.report.figures.figures` gives them
     """
@@ -73,7 +74,7 @@ def card(
         fenced(_usage(config, data), "python"),
         "## Training",
         _picture("Loss and metric of each task in training", "figures/curves.png", figures),
-        *cosine_table(cosines),
+        *cosine_table(cosines, sizes),
         fenced(command),
         f"Seed {config.seed}. Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.",
         _folded(

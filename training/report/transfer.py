@@ -13,6 +13,7 @@ MARKS = "<!-- transfer -->", "<!-- end of transfer -->"
 """What stands around the section in a card."""
 _AGAINST = -0.1  # cosines nearer to zero are no more than the noise of 64 examples
 _Cosines = Mapping[tuple[str, str], float]
+_Sizes = Mapping[str, float]
 
 
 class Compared(Protocol):
@@ -51,7 +52,9 @@ def table(found: Mapping[str, Compared]) -> list[Line]:
     return lines
 
 
-def section(found: Mapping[str, Compared], cosines: _Cosines, *, seeds: Sequence[int], resamples: int) -> str:
+def section(
+    found: Mapping[str, Compared], cosines: _Cosines, sizes: _Sizes, *, seeds: Sequence[int], resamples: int
+) -> str:
     """The part of a card: what each task gained or lost, which way the gradients point, and how to group the tasks."""
     several = f"Means over seeds {', '.join(map(str, seeds))}." if len(seeds) > 1 else f"Seed {seeds[0]}."
     said = (
@@ -59,7 +62,8 @@ def section(found: Mapping[str, Compared], cosines: _Cosines, *, seeds: Sequence
         f"of its examples. {several} Intervals and p are of a paired bootstrap over examples ({resamples} resamples); "
         f"they do not hold what other seeds would change."
     )
-    return "\n\n".join(["## Transfer", said, markdown(table(found)), *cosine_table(cosines), grouping(found, cosines)])
+    gradients = cosine_table(cosines, sizes)
+    return "\n\n".join(["## Transfer", said, markdown(table(found)), *gradients, grouping(found, cosines)])
 
 
 def grouping(found: Mapping[str, Compared], cosines: _Cosines) -> str:
@@ -81,8 +85,8 @@ def grouping(found: Mapping[str, Compared], cosines: _Cosines) -> str:
     return said + (f" Gradients of {', '.join(against)} point against each other." if against else "")
 
 
-def cosine_table(cosines: _Cosines) -> Iterator[str]:
-    """Markdown of a symmetric table of tasks; nothing where nothing was measured."""
+def cosine_table(cosines: _Cosines, sizes: _Sizes) -> Iterator[str]:
+    """Markdown of a symmetric table of tasks, and a column of sizes; nothing where nothing was measured."""
     if not cosines:
         return
     tasks = [a for a, b in cosines if a == b]
@@ -93,4 +97,12 @@ def cosine_table(cosines: _Cosines) -> Iterator[str]:
     )
     both = {**cosines, **{(b, a): value for (a, b), value in cosines.items()}}
     lines: list[Line] = [("task", *tasks), *((a, *(f"{both[a, b]:.2f}" for b in tasks)) for a in tasks)]
+    if sizes:
+        lines = [(*line, more) for line, more in zip(lines, ("size", *(f"{sizes[a]:.3g}" for a in tasks)), strict=True)]
     yield markdown(lines)
+    if sizes:
+        yield (
+            "Sizes are norms of these mean gradients, before `weight` and before clipping (`training.max_grad_norm`). "
+            "An optimizer with one scale for all tasks, as Adam, follows the task with by far the largest gradients; a "
+            "`weight` below 1 makes it one among others."
+        )

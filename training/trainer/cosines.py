@@ -1,4 +1,4 @@
-"""How far tasks pull the trunk in the same direction: cosines between their mean gradients, now and then in a training.
+"""How tasks pull the trunk: sizes of their mean gradients and cosines between these, now and then in a training.
 
 Measured and not acted on (Yu et al., 2020, change gradients by it). Invariant: a training that is measured ends with
 the very weights of one that is not; no gradient, random state or mode of the model is changed.
@@ -22,6 +22,8 @@ from training.trainer.sampler import Key
 
 Cosines = dict[tuple[str, str], float]
 """(task, other task) -> cosine of their mean gradients; (task, task) -> that between two halves of its examples."""
+Sizes = dict[str, float]
+"""task -> norm of its mean gradient."""
 
 _EXAMPLES = 64
 _AT_ONCE = 8
@@ -29,7 +31,7 @@ _AT_ONCE = 8
 
 class GradientCosines(TrainerCallback):  # type: ignore[misc]  # transformers is not followed
     """Measures at so many moments of a training: in the middle of each of `moments` equal parts. What is found goes
-    into the log, as rows of `step` and `cosines`.
+    into the log, as rows of `step`, `cosines` and `sizes`.
 
     A task's gradient is the mean over 64 training examples (or all), evenly spaced in its data, the same at all
     moments, without dropout and weights of tasks. It takes as much memory as the trunk's weights for each task.
@@ -45,13 +47,14 @@ class GradientCosines(TrainerCallback):  # type: ignore[misc]  # transformers is
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         due = {round((part + 0.5) * state.max_steps / self.moments) or 1 for part in range(self.moments)}
         if state.global_step in due:
-            pairs = [[*pair, value] for pair, value in self.measure().items()]
-            state.log_history.append({"step": state.global_step, "cosines": pairs})
+            cosines, sizes = self.measure()
+            pairs = [[*pair, value] for pair, value in cosines.items()]
+            state.log_history.append({"step": state.global_step, "cosines": pairs, "sizes": sizes})
 
-    def measure(self) -> Cosines:
-        """The cosines as the model is now."""
+    def measure(self) -> tuple[Cosines, Sizes]:
+        """As the model is now."""
         model, tasks = self.trainer.model, self.trainer.train_dataset.tasks
-        mode, found, sums = model.training, Cosines(), dict[str, Tensor]()
+        mode, found, sums, sizes = model.training, Cosines(), dict[str, Tensor](), Sizes()
         accelerator = torch.accelerator.current_accelerator()
         devices = [] if accelerator is None else [torch.accelerator.current_device_index()]
         with torch.random.fork_rng(devices, device_type="cuda" if accelerator is None else accelerator.type):
@@ -61,8 +64,9 @@ class GradientCosines(TrainerCallback):  # type: ignore[misc]  # transformers is
                 halves = [self._gradient(task, spaced[half::2]) for half in range(min(2, len(spaced)))]
                 found[task, task] = _cosine(halves[0], halves[-1])
                 sums[task] = sum(halves[1:], halves[0])
+                sizes[task] = float(sums[task].norm()) / len(spaced)
             model.train(mode)
-        return found | {(a, b): _cosine(sums[a], sums[b]) for a, b in combinations(tasks, 2)}
+        return found | {(a, b): _cosine(sums[a], sums[b]) for a, b in combinations(tasks, 2)}, sizes
 
     def _gradient(self, task: str, indexes: Sequence[int]) -> Tensor:
         """(numbers of the trunk,) the sum of the examples' gradients."""
@@ -86,6 +90,12 @@ def mean_cosines(measured: Sequence[Mapping[str, Any]]) -> Cosines:
         for a, b, value in one["cosines"]:
             found.setdefault((a, b), []).append(value)
     return {pair: float(np.mean(values)) for pair, values in found.items()}
+
+
+def mean_sizes(measured: Sequence[Mapping[str, Any]]) -> Sizes:
+    """The mean over all moments, of rows of the log; empty where an older version measured none."""
+    told = [one["sizes"] for one in measured if "sizes" in one]
+    return {task: float(np.mean([sizes[task] for sizes in told])) for task in (told[0] if told else ())}
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

@@ -56,7 +56,7 @@ class Trained:
     `logging_steps` steps, and one of each evaluation.
 
     seconds    of the optimisation, with evaluations in between; of a resumed run since it was resumed
-    tokens     real ones that went through the trunk
+    tokens     real ones of all batches, counted once where R-Drop passes them twice
     ended      why it stopped: `finished`, `no improvement` or `out of time`
     best_step  whose weights the model has; None where they are the last ones
     cosines    of the tasks' gradients: a row a moment (trainer/cosines.py)

@@ -243,3 +243,35 @@ def test_r_drop_on_a_trunk_without_dropout_is_refused(run_file: Run) -> None:
     path = run_file({"topic": "classification"}, family="llama")
     with pytest.raises(ConfigError, match=r"tasks.topic.r_drop: LlamaModel as it is configured has no dropout"):
         train(read_config(path, ["tasks.topic.r_drop=1"]), base=path.parent)
+
+
+EVERY = {
+    "classification": "bert",
+    "token_classification": "bert",
+    "similarity": "gpt2",
+    "multiple_choice": "bert",
+    "generation": "gpt2",
+    "masked_lm": "bert",
+}
+WORDS = (
+    "tasks.one={kind: masked_lm, options: {mask_token: '[UNK]', max_length: 32}, "
+    "train: {path: served.train.jsonl}, eval: {path: served.eval.jsonl}}"
+)
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_every_kind_trains_with_it(kind: str, run_file: Run) -> None:
+    """The first steps of a run whose rate is nothing: the loss is that without, and what passes disagree by."""
+    masked = kind == "masked_lm"
+    path = run_file({"served" if masked else "one": "classification" if masked else kind}, family=EVERY[kind])
+
+    def first(r_drop: float) -> float:
+        given = [f"tasks.one.r_drop={r_drop}", "training.learning_rate=1e-30", "overwrite=true"]
+        result = train(read_config(path, [WORDS, *given] if masked else given), base=path.parent)
+        assert result is not None
+        return next(row["train_loss_one"] for row in result.trained.log if "train_loss_one" in row)
+
+    little, some, more = first(1e-12), first(1.0), first(3.0)
+    assert little > 0
+    assert some > little
+    assert more - little == pytest.approx(3 * (some - little), rel=1e-3), "half the factor times the disagreement"

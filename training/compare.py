@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
+from pydantic import ValidationError
+
 from mtserve.checkpoint import Checkpoint
 from mtserve.errors import ConfigError
 from mtserve.manifest import MANIFEST
@@ -95,9 +97,8 @@ def _there(config: RunConfig, base: Path) -> Numbers | None:
     folder = Path(config.output)
     if config.overwrite or not (folder / MANIFEST).exists():
         return None
-    made, now = Checkpoint.open(folder).manifest.provenance, config.model_dump(mode="json")
-    free = ("overwrite", "resume")
-    if any(made["config"].get(key) != now[key] for key in now if key not in free):
+    made = Checkpoint.open(folder).manifest.provenance
+    if not _same(made["config"], config):
         return None
     where = config.data_home(base)
     for name, task in config.tasks.items():
@@ -107,6 +108,17 @@ def _there(config: RunConfig, base: Path) -> Numbers | None:
                 return None
     sys.stderr.write(f"{folder} holds the checkpoint of this run: its metrics are taken\n")
     return {"eval": made["metrics"], **({"test": made["test"]} if made["test"] else {})}
+
+
+def _same(made: object, config: RunConfig) -> bool:
+    """Whether a checkpoint's config is this one, but for what changes no weights. Keys that its version lacked have
+    their defaults, which are what it did."""
+    try:
+        held = RunConfig.model_validate(made)
+    except ValidationError:
+        return False
+    free = {"overwrite": False, "resume": False}
+    return held.model_copy(update=free) == config.model_copy(update=free)
 
 
 def _table(found: Mapping[str, Sequence[Numbers]]) -> Iterator[Line]:

@@ -16,7 +16,7 @@ from mtserve.checkpoint import Checkpoint
 from mtserve.errors import ConfigError
 from tests.training.conftest import Run
 from training.__main__ import main
-from training.compare import compare, reached, seeded
+from training.compare import _same, compare, reached, seeded
 from training.report.transfer import MARKS, grouping, section
 from training.run import train
 from training.runfile import read_config
@@ -113,6 +113,19 @@ def test_each_task_is_run_alone_and_compared(run_file: Run, monkeypatch: pytest.
     assert (home / "seed-1" / "README.md").read_text() == card
     assert card.count(MARKS[0]) == card.count("## Transfer") == 1
     Checkpoint.open(home / "seed-1").verify()
+
+
+def test_a_checkpoint_of_a_version_with_fewer_keys_is_that_of_this_run(run_file: Run) -> None:
+    config = read_config(run_file(TWO), ["training.freeze=embeddings", "preparation=marbert"])
+    made = json.loads(json.dumps(config.model_dump(mode="json")))
+    assert _same(made, config.model_copy(update={"overwrite": True, "resume": True}))
+    for of in (made["training"], made["tasks"]["topic"], made):
+        of.pop("mixout", None), of.pop("r_drop", None), of.pop("chains", None)
+    assert _same(made, config)
+    assert not _same(made, read_config(run_file(TWO), ["training.freeze=embeddings"]))
+    assert not _same({**made, "training": {**made["training"], "mixout": 0.1}}, config)
+    assert not _same({**made, "a key": "of a later version"}, config)
+    assert not _same(None, config)
 
 
 def test_the_test_is_paired(run_file: Run, monkeypatch: pytest.MonkeyPatch) -> None:

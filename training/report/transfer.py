@@ -102,7 +102,7 @@ def cosine_table(cosines: _Cosines, sizes: _Sizes) -> Iterator[str]:
     yield markdown(lines)
     if sizes:
         yield (
-            "Sizes are norms of these mean gradients, before `weight` and before clipping (`training.max_grad_norm`). "
-            "An optimizer with one scale for all tasks, as Adam, follows the task with by far the largest gradients; a "
-            "`weight` below 1 makes it one among others."
+            "Sizes are norms of these mean gradients, before `weight` and clipping. Clipping (`training.max_grad_norm`) "
+            "takes every batch down to its limit, so that sizes above it count alike; below it a task with much smaller "
+            "gradients than others moves the trunk little, and its `weight` raises it."
         )

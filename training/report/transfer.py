@@ -102,7 +102,7 @@ def cosine_table(cosines: _Cosines, sizes: _Sizes) -> Iterator[str]:
     yield markdown(lines)
     if sizes:
         yield (
-            "Sizes are norms of these mean gradients, before `weight` and clipping. Clipping (`training.max_grad_norm`) "
-            "takes every batch down to its limit, so that sizes above it count alike; below it a task with much smaller "
-            "gradients than others moves the trunk little, and its `weight` raises it."
+            "Sizes are norms of these mean gradients, before `weight` and clipping. Clipping takes every batch down to "
+            "`training.max_grad_norm`, so that sizes above it count alike; below it a task with much smaller gradients "
+            "than others moves the trunk little, and its `weight` raises it."
         )

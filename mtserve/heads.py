@@ -226,11 +226,16 @@ class PairHead(nn.Module):
     align, compare, aggregate), as the means of x * y and |x - y|, and the mean and the least of their cosines. Special
     tokens count for neither. Of a text alone all that has to do with another one is zero.
 
+    States of families that only continue texts have outliers of some tens (SmolLM2's reach 45, at a root mean square
+    of 1.9; MiniLM's 5 at 0.4), whose products no rate can learn from. There each state is brought to a root mean square
+    of 1/3 first.
+
     With pooling `mean` each row's embedding, the mean state of all its tokens, stands behind its outputs.
     """
 
     def __init__(self, spec: HeadSpec, config: PretrainedConfig) -> None:
         super().__init__()
+        self.levels = _has("causal_lm", config) and not _has("masked_lm", config)
         own, of_trunk = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout_prob"))
         self.dropout = nn.Dropout(next((share for share in (own, of_trunk) if share is not None), 0.1))
         self.output = nn.Linear(8 * hidden_size(config) + 4, len(spec.labels))
@@ -245,13 +250,15 @@ class PairHead(nn.Module):
         """(rows, n_out), or (rows, n_out + hidden) with embeddings."""
         assert states.texts is not None
         hidden, first, second = states.hidden, states.texts == 1, states.texts == 2
-        u, v = _mean(hidden, first), _mean(hidden, second)
         unit = nn.functional.normalize(hidden, dim=-1)
+        if self.levels:
+            hidden = unit * (hidden.shape[-1] ** 0.5 / 3)
+        u, v = _mean(hidden, first), _mean(hidden, second)
         cosines = unit @ unit.transpose(1, 2)  # (rows, seq, seq)
         parts = [*_aligned(hidden, cosines, second, first), *_aligned(hidden, cosines, first, second)]
         found = self.output(self.dropout(torch.cat([u, v, (u - v).abs(), u * v, *parts], -1).to(hidden.dtype)))
         if self.embeds:
-            return torch.cat([found, _mean(hidden, states.mask > 0).to(found.dtype)], -1)
+            return torch.cat([found, _mean(states.hidden, states.mask > 0).to(found.dtype)], -1)
         return cast("Tensor", found)
 
 

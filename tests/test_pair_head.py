@@ -12,10 +12,11 @@ import torch
 import mtserve
 from mtserve.backends.staging import padded
 from mtserve.errors import ConfigError
+from mtserve.heads import PairHead, TrunkStates
 from mtserve.interop.split import split_head
 from mtserve.rows import texts_of
 from mtserve.tasks import KINDS
-from tests.tiny import PAD, Tiny, tiny, write_checkpoint
+from tests.tiny import FAMILIES, PAD, Tiny, tiny, trunk_of, write_checkpoint
 from training.trainer.learner import texts
 
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,6 +44,8 @@ def by_hand(small: Tiny, task: str, row: Any) -> np.ndarray:
     """Logits of one row, from the trunk's states of that row alone, token by token."""
     with torch.inference_mode():
         hidden = small.model.states(*padded([row], pad_id=PAD)).hidden[0]
+        if small.model.trunk.config.model_type in ("gpt2", "llama"):
+            hidden = torch.stack([state / state.square().mean().sqrt() / 3 for state in hidden])
         own = [at for at, special in enumerate(row.special) if not special]
         x = [hidden[at] for at in own if at < (row.second or len(row))]
         y = [hidden[at] for at in own if at >= (row.second or len(row))]
@@ -231,3 +234,14 @@ def test_no_stock_model_has_it(tmp_path: Path) -> None:
 def test_poolings_that_a_method_does_not_have(kind: str, method: str, pooling: str) -> None:
     with pytest.raises(ValueError, match=f"pooling {pooling} is not possible for {method}"):
         KINDS[kind].options.model_validate({"method": method, "pooling": pooling})
+
+
+def test_states_are_levelled_where_a_family_only_continues_texts() -> None:
+    spec = KINDS["similarity"].head(KINDS["similarity"].options.model_validate({"pooling": "pair"}))
+    made = {family: PairHead(spec, trunk_of(family).config) for family in FAMILIES}
+    assert {family for family, head in made.items() if head.levels} == {"gpt2", "llama"}
+    hidden, where = torch.randn(2, 6, 32), torch.tensor([[1, 1, 1, 2, 2, 0]] * 2)
+    states = [TrunkStates(scale * hidden, None, (where > 0).long(), where) for scale in (1.0, 100.0)]
+    for family, head in made.items():
+        one, other = (head.eval()(each) for each in states)
+        assert torch.allclose(one, other, atol=1e-5) is (family in ("gpt2", "llama")), "whatever the states' scale"

@@ -128,7 +128,7 @@ class Training(Section):
     best: str | None = Field(default=None, description="average, or task.metric: keep the weights that are best by it.")
     patience: int | None = Field(default=None, ge=1, description="Stop after so many evaluations without a better one.")
     report_to: tuple[str, ...] = ()
-    gradient_cosines: int = Field(default=0, ge=0, description="Moments at which tasks' gradients are compared.")
+    gradient_cosines: int = Field(default=0, ge=0, description="Moments at which tasks' gradients are measured.")
     arguments: dict[str, Any] = Field(default={}, description="Further TrainingArguments.")
 
     @field_validator("freeze", "report_to", mode="before")

@@ -45,8 +45,8 @@ def test_divergences_are_torchs() -> None:
     one, two = logits(5, 4), logits(10, 4)[5:] * 3
     wanted = torch.stack([both_ways(a, b) for a, b in zip(one, two, strict=True)])
     torch.testing.assert_close(divergence(one, two), wanted)
-    bits = [torch.stack([torch.zeros_like(each), each], -1) for each in (one, two)]  # a sigmoid is a softmax of two
-    wanted = torch.stack([sum(both_ways(a, b) for a, b in zip(*of, strict=True)) for of in zip(*bits, strict=True)])  # type: ignore[misc]
+    bits = (torch.stack([torch.zeros_like(each), each], -1) for each in (one, two))  # a sigmoid is a softmax of two
+    wanted = torch.stack([torch.stack([*map(both_ways, a, b)]).sum() for a, b in zip(*bits, strict=True)])
     torch.testing.assert_close(divergence(one, two, sigmoid=True), wanted)
 
 
